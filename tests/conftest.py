@@ -1,0 +1,36 @@
+"""Eight virtual CPU devices, a persistent compilation cache, strict JAX settings."""
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+_flags = os.environ.get("XLA_FLAGS", "")
+if "host_platform_device_count" not in _flags:
+    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import pytest
+
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def strict_dtypes():
+    """Strict dtype promotion, for tests of our own arithmetic."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """Real data beside the checkout, if any; tests that need it skip by name."""
+    place = pathlib.Path(os.environ.get("JAXPOST_SHARED_DATA", ROOT.parent / "shared"))
+    place = place if place.name == "data" else place / "data"
+    if not place.is_dir():
+        pytest.skip("real data not found: set JAXPOST_SHARED_DATA to its folder")
+    return place
