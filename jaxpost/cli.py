@@ -1,0 +1,270 @@
+"""The `jaxpost` command: one verb per job, each with its own `--help`.
+
+Only reads arguments, calls one function of a lower room and prints. Errors that a user
+can mend end with one line on standard error and status 2.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import tyro
+from tyro.conf import Positional, UseAppendAction
+
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateArgs:
+    """Complete prompts with a model in Hugging Face layout.
+
+    Attributes:
+        model: Folder or hub name of the model.
+        prompt: A prompt; may be given several times.
+        prompts: File of prompts (JSONL with a `prompt` or `messages` column).
+        output: JSONL file for the completions; an existing one is continued.
+        tokenizer: Folder or hub name of the tokenizer, if not with the model.
+        chat: Render each prompt as a user turn through the chat template.
+        max_new_tokens: Longest completion, tokens.
+        temperature: 0 takes the most likely token each time.
+        top_k: Keep the k most likely tokens.
+        top_p: Keep the smallest set of tokens with this probability.
+        min_p: Keep tokens at least this fraction as likely as the likeliest.
+        stop: String that ends a completion; may be given several times.
+        batch_size: Prompts decoded together.
+        seed: Of the sampler.
+        dtype: Data type of the weights and the cache.
+    """
+
+    model: Positional[str]
+    prompt: UseAppendAction[tuple[str, ...]] = ()
+    prompts: str | None = None
+    output: str | None = None
+    tokenizer: str | None = None
+    chat: bool = False
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    stop: UseAppendAction[tuple[str, ...]] = ()
+    batch_size: int = 16
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertArgs:
+    """Convert weights to sharded safetensors in Hugging Face layout, and verify them.
+
+    Attributes:
+        source: Folder, hub name, or llama2.c `.bin` file.
+        destination: Folder to write; replaced whole only once everything is written.
+        dtype: Data type to store; the source's if not given.
+        max_shard_bytes: Largest size of one safetensors file, bytes.
+        tokenizer: Folder of the tokenizer, if not with the source.
+    """
+
+    source: Positional[str]
+    destination: Positional[str]
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    max_shard_bytes: int = 5_000_000_000
+    tokenizer: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportArgs:
+    """Write `report.html` from one or more run folders: curves, samples, settings.
+
+    Attributes:
+        runs: Run folders to show on the same axes.
+        out: File to write; `report.html` in the last run folder if not given.
+    """
+
+    runs: Positional[tuple[str, ...]]
+    out: str | None = None
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Run a recipe from a YAML config, with `--section.key value` overrides."""
+    from jaxpost import recipes
+
+    resume, flags = _take_switch("--resume", arguments)
+    path, flags = _take_config("train", flags)
+    config = recipes.load_config(path, flags, prog="jaxpost train CONFIG [--resume]")
+    recipes.run(config, resume=resume)
+    return 0
+
+
+def data_check(arguments: Sequence[str]) -> int:
+    """Show how a config's rows are tokenised and masked, and list their problems."""
+    from jaxpost import recipes
+
+    path, flags = _take_config("data check", arguments)
+    config = recipes.load_config(path, flags, prog="jaxpost data check CONFIG")
+    return 1 if recipes.check_data(config) else 0
+
+
+def generate(arguments: Sequence[str]) -> int:
+    """Complete prompts with a model in Hugging Face layout."""
+    from jaxpost.recipes.generate import run_generate
+
+    args = _parse(GenerateArgs, arguments, "jaxpost generate")
+    run_generate(**dataclasses.asdict(args))
+    return 0
+
+
+def convert(arguments: Sequence[str]) -> int:
+    """Convert weights to Hugging Face layout and verify the result."""
+    from jaxpost import weights
+
+    args = _parse(ConvertArgs, arguments, "jaxpost convert")
+    report = weights.convert(**dataclasses.asdict(args))
+    sys.stdout.write(f"{report}\n")
+    return 0
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Write an HTML report of one or more run folders."""
+    from jaxpost import reports
+
+    args = _parse(ReportArgs, arguments, "jaxpost report")
+    sys.stdout.write(f"{reports.write_report(args.runs, args.out)}\n")
+    return 0
+
+
+def demo(arguments: Sequence[str]) -> int:
+    """Train, fine-tune, evaluate and export a small model; needs no download."""
+    from jaxpost.recipes.demo import DemoConfig, run_demo
+
+    run_demo(_parse(DemoConfig, arguments, "jaxpost demo"))
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A word of the command line, and whether it works long enough to tune malloc."""
+
+    run: Callable[[Sequence[str]], int]
+    computes: bool = False
+
+
+VERBS = {
+    "train": Verb(train, computes=True),
+    "generate": Verb(generate, computes=True),
+    "convert": Verb(convert),
+    "data check": Verb(data_check),
+    "report": Verb(report),
+    "demo": Verb(demo, computes=True),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(_overview())
+        return 0
+    if arguments[0] == "--version":
+        from jaxpost import __version__
+
+        sys.stdout.write(f"jaxpost {__version__}\n")
+        return 0
+    name, rest = _split_verb(arguments)
+    if name not in VERBS:
+        return _fail(_unknown_verb(name))
+    verb = VERBS[name]
+    if verb.computes:
+        _use_huge_pages()
+    try:
+        return verb.run(rest)
+    except KeyboardInterrupt:
+        return _fail("stopped by the keyboard.", status=130)
+    except _user_errors() as error:
+        if os.environ.get("JAXPOST_TRACEBACK"):
+            raise
+        return _fail(str(error))
+
+
+def _user_errors() -> tuple[type[BaseException], ...]:
+    """Errors whose message alone tells a user what to mend."""
+    return (ValueError, OSError, NotImplementedError, FloatingPointError, ImportError)
+
+
+def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in VERBS:
+            return name, arguments[words:]
+    if arguments[0] == "data":
+        return " ".join(arguments[:2]), arguments[2:]
+    return arguments[0], arguments[1:]
+
+
+def _unknown_verb(name: str) -> str:
+    near = difflib.get_close_matches(name, VERBS, 1, 0.4)
+    hint = f"Did you mean 'jaxpost {near[0]}'?" if near else "See 'jaxpost --help'."
+    return f"no verb {name!r}. {hint}"
+
+
+def _overview() -> str:
+    lines = ["usage: jaxpost VERB ...", ""]
+    for name, verb in VERBS.items():
+        lines.append(f"  {name:<12} {(verb.run.__doc__ or '').splitlines()[0]}")
+    lines += ["", "'jaxpost VERB --help' shows the flags of a verb.", ""]
+    return "\n".join(lines)
+
+
+def _fail(message: str, *, status: int = 2) -> int:
+    sys.stderr.write(f"jaxpost: {message}\n")
+    return status
+
+
+def _parse(schema: type[Any], arguments: Sequence[str], prog: str) -> Any:
+    return tyro.cli(
+        schema,
+        args=list(arguments),
+        prog=prog,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _take_switch(name: str, arguments: Sequence[str]) -> tuple[bool, list[str]]:
+    return name in arguments, [word for word in arguments if word != name]
+
+
+def _take_config(verb: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The config path in front of the flags; None only if help is asked for."""
+    words = list(arguments)
+    if words and not words[0].startswith("-"):
+        return words[0], words[1:]
+    if any(word in ("-h", "--help") for word in words):
+        return None, words
+    raise ValueError(
+        f"'jaxpost {verb}' needs a config file first: "
+        f"jaxpost {verb} configs/sft/arithmetic.yaml [--section.key value ...]"
+    )
+
+
+def _use_huge_pages() -> None:
+    """Restart once with huge pages for malloc: 9-28% faster XLA programs on CPU.
+
+    glibc reads the setting when a process starts, so it cannot be changed later.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform != "linux" or "glibc.malloc.hugetlb" in tunables:
+        return
+    joined = f"{tunables}:{HUGE_PAGES}" if tunables else HUGE_PAGES
+    sys.stdout.flush()
+    os.execve(
+        sys.executable,
+        [sys.executable, *sys.orig_argv[1:]],
+        {**os.environ, "GLIBC_TUNABLES": joined},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Sections that the configs of several recipes share, as frozen dataclasses."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection:
+    """Which model to train.
+
+    Attributes:
+        path: Folder or hub name of a model in Hugging Face layout; none makes a fresh
+            one from the sizes below.
+        tokenizer: Folder or hub name of the tokenizer; `path` if not given.
+        compute_dtype: Of activations and matrix products; `auto` is float32 on CPU and
+            bfloat16 on accelerators. Master weights and moments stay float32.
+        remat: What the backward pass recomputes: nothing, all but matrix products, or
+            whole layers.
+        family: Architecture of a fresh model.
+        hidden_size: Width D of a fresh model.
+        intermediate_size: Feed-forward width F of a fresh model.
+        num_layers: Layers L of a fresh model.
+        num_heads: Query heads N of a fresh model.
+        num_kv_heads: Key/value heads K of a fresh model.
+        head_dim: Head width H of a fresh model; D / N if not given.
+        max_positions: Longest sequence of a fresh model, tokens.
+        tie_embeddings: Use the embedding as output projection in a fresh model.
+    """
+
+    path: str | None = None
+    tokenizer: str | None = None
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Literal["none", "dots", "full"] = "none"
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2"] = "llama"
+    hidden_size: int = 256
+    intermediate_size: int = 688
+    num_layers: int = 4
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int | None = None
+    max_positions: int = 1024
+    tie_embeddings: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSection:
+    """Which rows to train on, and how they become tokens.
+
+    Attributes:
+        train: File (.jsonl, .jsonl.gz, .parquet), hub name, or `builtin:arithmetic`.
+        eval: Held-out rows in the same form; none holds out rows of `train`.
+        eval_rows: How many rows of `train` to hold out (the last ones) if `eval` is
+            none; 0 evaluates nothing.
+        max_rows: Read at most this many rows of `train`.
+        format: Layout of the rows: TRL's columns, or one that is rewritten to them.
+        columns: Renames of columns, e.g. {question: prompt, answer: completion}.
+        loss_on: Tokens to train on: the completion, every assistant turn, or all.
+        chat_template: Built-in name or file; the tokenizer's own if not given.
+        max_length: Longest example, tokens; longer rows are bad rows.
+        packing: Put several examples in one row of `max_length` tokens (best fit).
+        on_bad_row: Stop at the first bad row, or skip and count them.
+    """
+
+    train: str = "builtin:arithmetic"
+    eval: str | None = None
+    eval_rows: int = 0
+    max_rows: int | None = None
+    format: Literal["trl", "alpaca", "sharegpt"] = "trl"
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    loss_on: Literal["completion", "assistant", "all"] = "completion"
+    chat_template: str | None = None
+    max_length: int = 512
+    packing: bool = True
+    on_bad_row: Literal["stop", "skip"] = "stop"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSection:
+    """How long to train, and what to do on the way.
+
+    Attributes:
+        steps: Optimizer steps; none takes `epochs` instead.
+        epochs: Passes over the data if `steps` is none.
+        batch_size: Rows per optimizer step, over all devices.
+        accumulate: Microbatches per optimizer step.
+        log_every: Steps between log lines.
+        eval_every: Steps between evaluations; 0 evaluates at the start and end only.
+        save_every: Steps between checkpoints; 0 saves at the end only.
+        keep_last: Newest checkpoints to keep, besides the best.
+        ema_decay: Of an exponential moving average of the weights; none keeps none.
+        trackers: Where to log besides the run folder.
+    """
+
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 8
+    accumulate: int = 1
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+    keep_last: int = 2
+    ema_decay: float | None = None
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "log_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}."
+                )
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}.")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of accumulate "
+                f"({self.accumulate})."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSection:
+    """What is written when training ends.
+
+    Attributes:
+        enabled: Write the model in Hugging Face layout to `export/` in the run folder.
+        dtype: Data type of the stored weights.
+        max_shard_bytes: Largest size of one safetensors file, bytes.
+        license: Of the result, for the model card.
+    """
+
+    enabled: bool = True
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_shard_bytes: int = 5_000_000_000
+    license: str | None = None
