@@ -1,0 +1,84 @@
+"""The whole decoder as a Flax module, its layers stacked and scanned."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxpost.typing import ModelOutput
+
+from ._cache import KVCache
+from ._config import DecoderConfig
+from ._layers import Context, DecoderLayer, Embedding, Norm, Projection
+from ._rope import rope_tables
+
+
+class Decoder(nnx.Module):
+    """Embedding, `L` layers with parameters stacked on a leading axis, final norm."""
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        self.config = config
+        key_embed, key_layers, key_head = jax.random.split(key, 3)
+        self.embed = Embedding(config, key_embed)
+        make_layers = nnx.vmap(DecoderLayer, in_axes=(None, 0))
+        self.layers = make_layers(
+            config, jax.random.split(key_layers, config.num_layers)
+        )
+        self.final_norm = Norm(config, config.hidden_size)
+        if not config.tie_embeddings:
+            self.head = Projection(
+                key_head,
+                {"embed": config.hidden_size},
+                {"vocab": config.vocab_size},
+                bias=config.head_bias,
+                gain=0.02 * config.hidden_size**0.5,
+            )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> ModelOutput:
+        x = self.embed(tokens)
+        if self.config.embed_scale != 1.0:
+            x = x * jnp.asarray(self.config.embed_scale, x.dtype)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        cos, sin = rope_tables(self.config, positions, wide)
+        context = Context(cos, sin, positions, segment_ids)
+        x, cache = self._scan_layers(x, context, cache)
+        return ModelOutput(self.final_norm(x), cache, {})
+
+    def _scan_layers(self, x, context, cache):
+        config = self.config
+        graph, stacked = nnx.split(self.layers)
+        numbers = np.arange(config.num_layers, dtype=np.int32)
+        windows = [config.window_of(layer) for layer in range(config.num_layers)]
+        alike = len(set(windows)) == 1
+        # One traced program serves every layer, so a window that differs by layer is
+        # data; a layer without one gets a window that no distance reaches.
+        sizes = [2**31 - 1 if window is None else window for window in windows]
+        per_layer = None if alike else np.asarray(sizes, np.int32)
+
+        def step(carry, inputs):
+            x, cache = carry
+            params, layer, window = inputs
+            window = windows[0] if alike else window
+            x, cache = nnx.merge(graph, params)(x, context, window, layer, cache)
+            return (x, cache), None
+
+        (x, cache), _ = jax.lax.scan(
+            _remat(step, config.remat), (x, cache), (stacked, numbers, per_layer)
+        )
+        return x, cache
+
+
+def _remat(step, policy: str):
+    if policy == "none":
+        return step
+    # The scan's loop boundary already keeps recomputation from being merged back.
+    if policy == "full":
+        return jax.checkpoint(step, prevent_cse=False)
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(step, prevent_cse=False, policy=dots)

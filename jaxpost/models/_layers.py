@@ -1,0 +1,214 @@
+"""Flax modules of the decoder: norm, projection, attention, feed-forward, layer.
+
+Each parameter carries its logical axes (`axes=`) for `parallel`. Modules compute in
+the dtype of their input; norms and softmax in float32 or wider.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxpost import ops
+
+from ._cache import KVCache, update_layer
+from ._config import DecoderConfig
+from ._rope import apply_rope
+
+
+class Context(nnx.Pytree):
+    """What every layer of one forward pass shares.
+
+    Fields:
+        cos, sin: rotary tables `[B, T, R / 2]`.
+        positions, segments: int32 `[B, T]`, segments or None.
+    """
+
+    def __init__(self, cos, sin, positions, segments):
+        self.cos = nnx.data(cos)
+        self.sin = nnx.data(sin)
+        self.positions = nnx.data(positions)
+        self.segments = nnx.data(segments)
+
+
+class Norm(nnx.Module):
+    """Root-mean-square or layer norm over the last axis."""
+
+    def __init__(self, config: DecoderConfig, size: int, axis: str = "embed"):
+        self.config = config
+        scale = jnp.full((size,), 1.0 - config.norm_offset)
+        self.scale = nnx.Param(scale, axes=(axis,))
+        if config.norm_kind == "layer":
+            self.bias = nnx.Param(jnp.zeros((size,)), axes=(axis,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.config.norm_kind == "layer":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        power = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(power + self.config.norm_eps)
+        ones = (1,) * (x.ndim - 1)
+        scale = self.scale[...].astype(wide.dtype).reshape(*ones, -1)
+        wide = wide * (self.config.norm_offset + scale)
+        if self.config.norm_kind == "layer":
+            wide = wide + self.bias[...].astype(wide.dtype).reshape(*ones, -1)
+        return wide.astype(x.dtype)
+
+
+class Projection(nnx.Module):
+    """A matrix product over the last axes, with an optional bias."""
+
+    def __init__(
+        self,
+        key: jax.Array,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        *,
+        bias: bool = False,
+        gain: float = 1.0,
+    ):
+        self.contracted = len(inputs)
+        shape = (*inputs.values(), *outputs.values())
+        fan_in = 1
+        for size in inputs.values():
+            fan_in *= size
+        kernel = jax.random.normal(key, shape) * (gain * fan_in**-0.5)
+        self.kernel = nnx.Param(kernel, axes=(*inputs, *outputs))
+        if bias:
+            zeros = jnp.zeros(tuple(outputs.values()))
+            self.bias = nnx.Param(zeros, axes=tuple(outputs))
+        self.has_bias = bias
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contracted)
+        if self.has_bias:
+            bias = self.bias[...].astype(x.dtype)
+            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions and an optional cache."""
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        self.config = config
+        keys = jax.random.split(key, 4)
+        model = {"embed": config.hidden_size}
+        heads = {"heads": config.num_heads, "head_dim": config.head_dim}
+        kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        bias = config.attention_bias
+        self.q = Projection(keys[0], model, heads, bias=bias)
+        self.k = Projection(keys[1], model, kv_heads, bias=bias)
+        self.v = Projection(keys[2], model, kv_heads, bias=bias)
+        self.o = Projection(
+            keys[3],
+            heads,
+            model,
+            bias=config.attention_out_bias,
+            gain=(2 * config.num_layers) ** -0.5,
+        )
+        if config.qk_norm:
+            self.q_norm = Norm(config, config.head_dim, "head_dim")
+            self.k_norm = Norm(config, config.head_dim, "head_dim")
+
+    def __call__(
+        self,
+        x: jax.Array,
+        context: Context,
+        window: int | jax.Array | None,
+        layer: jax.Array | int,
+        cache: KVCache | None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        query, key, value = self.q(x), self.k(x), self.v(x)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = apply_rope(query, context.cos, context.sin)
+        key = apply_rope(key, context.cos, context.sin)
+        key_positions, key_segments = context.positions, context.segments
+        query_segments = context.segments
+        if cache is not None:
+            cache, key, value = update_layer(
+                cache, layer, key, value, context.positions, context.segments
+            )
+            slots = jnp.arange(key.shape[1], dtype=jnp.int32)
+            key_positions = jnp.broadcast_to(slots[None, :], key.shape[:2])
+            key_segments = None
+        mixed = ops.attention(
+            query,
+            key,
+            value,
+            query_positions=context.positions,
+            key_positions=key_positions,
+            query_segments=query_segments,
+            key_segments=key_segments,
+            window=window,
+            softcap=self.config.attention_softcap,
+            scale=self.config.query_scale,
+            implementation=self.config.attention_implementation,
+        )
+        return self.o(mixed), cache
+
+
+class FeedForward(nnx.Module):
+    """Gated feed-forward block: `down(activation(gate(x)) * up(x))`."""
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        self.config = config
+        keys = jax.random.split(key, 3)
+        model, inner = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
+        self.gate = Projection(keys[0], model, inner)
+        self.up = Projection(keys[1], model, inner)
+        gain = (2 * config.num_layers) ** -0.5
+        self.down = Projection(keys[2], inner, model, gain=gain)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = self.gate(x)
+        if self.config.activation == "silu":
+            gate = jax.nn.silu(gate)
+        else:
+            gate = jax.nn.gelu(gate, approximate=True)
+        return self.down(gate * self.up(x))
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm residual layer; Gemma 2 norms each block's output too."""
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        self.config = config
+        key_attention, key_mlp = jax.random.split(key)
+        self.input_norm = Norm(config, config.hidden_size)
+        self.attention = Attention(config, key_attention)
+        self.mlp_norm = Norm(config, config.hidden_size)
+        self.mlp = FeedForward(config, key_mlp)
+        if config.post_norms:
+            self.attention_out_norm = Norm(config, config.hidden_size)
+            self.mlp_out_norm = Norm(config, config.hidden_size)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        context: Context,
+        window: int | jax.Array | None,
+        layer: jax.Array | int,
+        cache: KVCache | None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        mixed, cache = self.attention(self.input_norm(x), context, window, layer, cache)
+        if self.config.post_norms:
+            mixed = self.attention_out_norm(mixed)
+        x = x + mixed
+        inner = self.mlp(self.mlp_norm(x))
+        if self.config.post_norms:
+            inner = self.mlp_out_norm(inner)
+        return x + inner, cache
+
+
+class Embedding(nnx.Module):
+    """Token embeddings, `[V, D]`."""
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = nnx.Param(
+            0.02 * jax.random.normal(key, shape), axes=("vocab", "embed")
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding[...][tokens]

@@ -1,0 +1,119 @@
+"""From a config to pure functions and a plain dictionary of parameters."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxpost.typing import ApplyFn, Head, ModelOutput, Params
+
+from ._cache import KVCache, init_cache
+from ._config import DecoderConfig
+from ._decoder import Decoder
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Parameters with the pure functions that use them; a pytree of the parameters.
+
+    Fields:
+        params: nested dict of arrays, layers stacked on a leading axis.
+        config: static.
+    """
+
+    params: Params
+    config: DecoderConfig = dataclasses.field(metadata={"static": True})
+
+    @property
+    def apply(self) -> ApplyFn:
+        """`apply(params, tokens, positions, segment_ids=None, cache=None)`."""
+        return _apply_of(self.config)
+
+    def unembed(self, params: Params) -> Head:
+        """The output head of `params`, `[D, V]`."""
+        config = self.config
+        if config.tie_embeddings:
+            weight, bias = params["embed"]["embedding"].T, None
+        else:
+            weight, bias = params["head"]["kernel"], params["head"].get("bias")
+        return Head(weight, bias, softcap=config.final_softcap)
+
+    def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> KVCache:
+        """An empty cache, `[L, batch, length, K, H]` for keys and for values."""
+        return init_cache(self.config, batch, length, dtype)
+
+    def replace(self, *, params: Params) -> "Model":
+        """The same model with other parameters."""
+        return dataclasses.replace(self, params=params)
+
+    def param_count(self) -> int:
+        """Number of parameters (a tied head counts once)."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
+
+
+def build(
+    config: DecoderConfig,
+    key: jax.Array | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Any = None,
+    abstract: bool = False,
+) -> Model:
+    """Initialise a decoder."""
+    if config.experts is not None:
+        raise NotImplementedError(
+            "DecoderConfig.experts: mixture-of-experts layers are not built yet; "
+            "set experts=None."
+        )
+    init = functools.partial(_init, config, dtype)
+    if abstract:
+        return Model(jax.eval_shape(init, jax.random.key(0)), config)
+    if key is None:
+        raise ValueError("models.build needs a key unless abstract=True.")
+    return Model(jax.jit(init)(key), config)
+
+
+def param_axes(config: DecoderConfig) -> Params:
+    """Logical axis names of every parameter, a tree of tuples like the parameters'."""
+    _, state = _split(config)
+
+    def names(path, variable):
+        stacked = ("layers",) if path[0] == "layers" else ()
+        return (*stacked, *variable.axes)
+
+    flat = {path: names(path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    return nnx.traversals.unflatten_mapping(flat)
+
+
+def _init(config: DecoderConfig, dtype: Any, key: jax.Array) -> Params:
+    state = nnx.to_pure_dict(nnx.state(Decoder(config, key), nnx.Param))
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), state)
+
+
+@functools.lru_cache(maxsize=64)
+def _split(config: DecoderConfig):
+    abstract = nnx.eval_shape(lambda: Decoder(config, jax.random.key(0)))
+    return nnx.split(abstract)
+
+
+@functools.lru_cache(maxsize=64)
+def _apply_of(config: DecoderConfig) -> ApplyFn:
+    graph, _ = _split(config)
+
+    @jax.jit
+    def apply(
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> ModelOutput:
+        return nnx.merge(graph, params)(tokens, positions, segment_ids, cache)
+
+    return apply
