@@ -127,7 +127,7 @@ class LossOutput(NamedTuple):
 class ApplyFn(Protocol):
     """A decoder as a pure function; see `models.Model.apply`.
 
-    Tokens `[B, T]` at explicit `positions` `[B, T]` attend to earlier or equal positions
+    Tokens `[B, T]` at explicit `positions` `[B, T]` attend to earlier or equal ones
     of the same segment; segment 0 is padding. With a cache, the tokens are written at
     slots equal to their positions and attend to slots up to their own position;
     segment-0 tokens are not written.
