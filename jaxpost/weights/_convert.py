@@ -9,12 +9,13 @@ from jaxpost.weights._errors import WeightsError
 from jaxpost.weights._llama2c import Llama2cFile
 from jaxpost.weights._load import load, load_source
 from jaxpost.weights._save import MAX_SHARD_BYTES, save
-from jaxpost.weights._source import resolve
-from jaxpost.weights._special import SpecialIds, special_ids
+from jaxpost.weights._source import read_json, resolve
+from jaxpost.weights._special import special_ids
 from jaxpost.weights._verify import ExportReport, verify_export
 
 # What llama2.c's own tokenizer writes around a text.
-_LLAMA2C_IDS = SpecialIds(bos=1, eos=(2,))
+_LLAMA2C = {"bos_token_id": 1, "eos_token_id": 2}
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
 def convert(
@@ -45,10 +46,10 @@ def convert(
     """
     place = pathlib.Path(source)
     if place.is_file():
-        model, folder, ids = _load_llama2c(place, dtype), place.parent, _LLAMA2C_IDS
+        model, folder, fields = _load_llama2c(place, dtype), place.parent, _LLAMA2C
     else:
         folder = resolve(source)
-        model, ids = load(folder, dtype=dtype), special_ids(folder)
+        model, fields = load(folder, dtype=dtype), _generation(folder)
     if pathlib.Path(destination).resolve() == folder.resolve():
         raise WeightsError(
             f"{destination} is the folder of the source; choose another destination."
@@ -57,11 +58,6 @@ def convert(
         tokenizer = folder
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = data.load_tokenizer(os.fspath(tokenizer))
-    fields = {
-        "bos_token_id": ids.bos,
-        "eos_token_id": ids.eos or None,
-        "pad_token_id": ids.pad,
-    }
     save(
         model,
         destination,
@@ -70,6 +66,25 @@ def convert(
         generation_config=fields,
     )
     return verify_export(model, destination)
+
+
+def _generation(folder: pathlib.Path) -> dict[str, Any]:
+    """The source's own generation settings and special ids, made consistent."""
+    fields: dict[str, Any] = {}
+    if (folder / "generation_config.json").is_file():
+        fields = read_json(folder / "generation_config.json")
+    for key in ("transformers_version", "_from_model_config"):
+        fields.pop(key, None)
+    if not fields.get("do_sample"):
+        # Without do_sample they play no part, and transformers refuses to save them.
+        fields = {key: value for key, value in fields.items() if key not in _SAMPLING}
+    ids = special_ids(folder)
+    eos = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos) or None
+    return fields | {
+        "bos_token_id": ids.bos,
+        "eos_token_id": eos,
+        "pad_token_id": ids.pad,
+    }
 
 
 def _load_llama2c(path: pathlib.Path, dtype: Any) -> models.Model:

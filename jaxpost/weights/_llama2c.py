@@ -91,7 +91,7 @@ class Llama2cFile:
         config = self.config
         width, inner = config.hidden_size, config.intermediate_size
         keys = config.num_kv_heads * config.head_dim
-        per_layer = [
+        per_layer: list[tuple[str, tuple[int, ...]]] = [
             ("input_layernorm", (width,)),
             ("self_attn.q_proj", (width, width)),
             ("self_attn.k_proj", (keys, width)),
@@ -102,7 +102,9 @@ class Llama2cFile:
             ("mlp.down_proj", (width, inner)),
             ("mlp.up_proj", (inner, width)),
         ]
-        order = [("model.embed_tokens.weight", (config.vocab_size, width))]
+        order: list[tuple[str, tuple[int, ...]]] = [
+            ("model.embed_tokens.weight", (config.vocab_size, width))
+        ]
         order += [
             (f"model.layers.{layer}.{name}.weight", shape)
             for name, shape in per_layer

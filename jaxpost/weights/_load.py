@@ -25,16 +25,10 @@ from jaxpost.weights._names import (
     parameter_pieces,
     set_leaf,
 )
+from jaxpost.weights._safetensors import NAMES, is_finite
 from jaxpost.weights._source import TensorSource, open_folder, read_json, resolve
 
 _BLOCK_BYTES = 8 * 2**20
-# Bits of the exponent: all set means infinite or not a number.
-_EXPONENTS = {
-    "float64": (np.uint64, 0x7FF0_0000_0000_0000),
-    "float32": (np.uint32, 0x7F80_0000),
-    "float16": (np.uint16, 0x7C00),
-    "bfloat16": (np.uint16, 0x7F80),
-}
 
 
 def load(
@@ -108,10 +102,11 @@ def load_source(
         sharding = getattr(leaf, "sharding", None)
         box = _local_box(sharding, leaf.shape)
         host = np.empty([stop - start for start, stop in box], wanted)
-        for target, layer in _layers_of(host, box, piece):
+        layers = range(*box[0]) if piece.stacked else (0,)
+        for offset, layer in enumerate(layers):
+            target = host[offset] if piece.stacked else host
             _fill(target, source, names[layer], piece, box, check_finite)
         set_leaf(params, piece.path, _place(host, box, leaf.shape, sharding))
-        del host, target
     return abstract.replace(params=params)
 
 
@@ -166,9 +161,10 @@ def _names_of(piece: Piece, config: models.DecoderConfig) -> list[str]:
 def _result_dtype(source: TensorSource, names: list[str], dtype: Any) -> np.dtype:
     if dtype is not None:
         wanted = np.dtype(dtype)
-        if wanted.name not in _EXPONENTS:
+        if wanted not in NAMES:
             raise WeightsError(
-                f"dtype must be one of {', '.join(_EXPONENTS)}, got {wanted.name}."
+                f"dtype must be one of {', '.join(kind.name for kind in NAMES)}, got "
+                f"{wanted.name}."
             )
     else:
         wanted = source.dtype(names[0])
@@ -190,15 +186,6 @@ def _local_box(sharding: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], 
         (min(b[axis][0] for b in bounds), max(b[axis][1] for b in bounds))
         for axis in range(len(shape))
     )
-
-
-def _layers_of(host: np.ndarray, box: Any, piece: Piece):
-    """Views of the host array for each layer to fill, with the layer's number."""
-    if not piece.stacked:
-        yield host, 0
-        return
-    for offset, layer in enumerate(range(*box[0])):
-        yield host[offset], layer
 
 
 def _fill(
@@ -236,23 +223,15 @@ def _fill(
         if block.dtype != target.dtype:
             with np.errstate(over="ignore", invalid="ignore"):  # checked just below
                 cast = block.astype(target.dtype)
-        if check_finite and not _is_finite(cast):
+        if check_finite and not is_finite(cast):
             raise WeightsError(_not_finite(source, name, block, target.dtype))
         target[start - first : stop - first] = cast
-
-
-def _is_finite(values: np.ndarray) -> bool:
-    """Faster than `np.isfinite`, which widens bfloat16 element by element."""
-    unsigned, exponent = _EXPONENTS[values.dtype.name]
-    mask = unsigned(exponent)
-    bits = np.ascontiguousarray(values).view(unsigned)
-    return not bool(np.any((bits & mask) == mask))
 
 
 def _not_finite(
     source: TensorSource, name: str, block: np.ndarray, dtype: np.dtype
 ) -> str:
-    if _is_finite(block):
+    if is_finite(block):
         return (
             f"{source.place(name)}: tensor {name} holds values too large for {dtype}; "
             "load it as bfloat16 or float32."

@@ -1,9 +1,10 @@
-"""From a `Model` to a folder in Hugging Face layout, one tensor at a time, without torch.
+"""From a `Model` to a Hugging Face folder, one tensor at a time and without torch.
 
 The folder appears whole or not at all: a full disk or a killed process leaves the
 previous export as it was.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpost import models
@@ -20,7 +22,12 @@ from jaxpost.weights._card import ModelCard
 from jaxpost.weights._config import to_hf_config
 from jaxpost.weights._errors import WeightsError, listed
 from jaxpost.weights._names import FileTensor, Piece, file_tensors, leaf_at
-from jaxpost.weights._safetensors import NAMES, PlannedTensor, write_safetensors
+from jaxpost.weights._safetensors import (
+    NAMES,
+    PlannedTensor,
+    is_finite,
+    write_safetensors,
+)
 from jaxpost.weights._source import INDEX_NAME, WEIGHTS_NAME
 from jaxpost.weights._special import SpecialIds, generation_fields
 
@@ -44,28 +51,30 @@ def save(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     generation_config: Mapping[str, Any] | None = None,
     card: ModelCard | None = None,
+    check_finite: bool = True,
 ) -> pathlib.Path:
     """Write a model for transformers, vLLM and others to read.
 
     Args:
         model: the decoder; a tied head is not written, an untied one is.
         path: the folder; an earlier export there is replaced in one step.
-        tokenizer: has `save(folder)`, `vocab_size`, `bos_id`, `eos_ids` and `pad_id`, as
-            what `data.load_tokenizer` returns; None writes no tokenizer files.
+        tokenizer: what `data.load_tokenizer` returns (read are `save(folder)`,
+            `vocab_size`, `bos_id`, `eos_ids`, `pad_id`); None writes no such files.
         dtype: of the stored values; None keeps each parameter's own.
         max_shard_bytes: most bytes of values in one file; a larger tensor gets a file
             of its own.
         generation_config: fields of `generation_config.json` in Hugging Face's words;
             they override the tokenizer's special ids.
         card: what `README.md` says; None writes none.
+        check_finite: refuse to store NaN or infinity, which `load` would refuse too.
 
     Returns:
         The folder.
 
     Raises:
         WeightsError: the family's layout cannot express the configuration, the
-            tokenizer's vocabulary is larger than the embedding, or special ids lie
-            outside it.
+            tokenizer's vocabulary is larger than the embedding, special ids lie
+            outside it, or a parameter is not finite (in the stored dtype).
         FileExistsError: the folder holds files that no export writes.
         OSError: the disk is full or cannot be written; the old export is intact.
         NotImplementedError: parameters live partly on other processes.
@@ -88,7 +97,9 @@ def save(
     with atomic_folder(target) as folder:
         if tokenizer is not None:
             tokenizer.save(folder)
-        _write_weights(folder, tensors, plan, model.params, max_shard_bytes)
+        _write_weights(
+            folder, tensors, plan, model.params, max_shard_bytes, check_finite
+        )
         _write_json(folder / "config.json", fields)
         _write_json(folder / "generation_config.json", generation)
         if card is not None:
@@ -109,7 +120,7 @@ def hf_tensors(
         Name and array, one at a time, in the tree's dtype.
     """
     for tensor in file_tensors(config):
-        blocks = list(_blocks(tensor, params, None))
+        blocks = list(_blocks(tensor, params, None, check_finite=False))
         yield tensor.name, np.concatenate(blocks).reshape(tensor.shape)
 
 
@@ -131,7 +142,8 @@ def plan_tensors(
                 "parameters on one before saving."
             )
         kinds = {np.dtype(leaf.dtype) for leaf in leaves} if dtype is None else {dtype}
-        stored = np.result_type(*kinds) if len(kinds) > 1 else np.dtype(kinds.pop())
+        stored = functools.reduce(jnp.promote_types, map(np.dtype, kinds))
+        stored = np.dtype(stored)
         if stored not in NAMES:
             raise WeightsError(
                 f"cannot store {tensor.name} as {stored}; dtype must be one of "
@@ -142,7 +154,7 @@ def plan_tensors(
 
 
 def _blocks(
-    tensor: FileTensor, params: Params, dtype: np.dtype | None
+    tensor: FileTensor, params: Params, dtype: np.dtype | None, check_finite: bool
 ) -> Iterator[np.ndarray]:
     """The pieces of a file tensor, in order, each `[rows, columns]` or `[rows]`."""
     for piece in tensor.pieces:
@@ -150,7 +162,15 @@ def _blocks(
         if tensor.layer is not None:
             leaf = _layer(leaf, tensor.layer)
         values = np.asarray(leaf)
-        yield _to_file_layout(piece, values if dtype is None else values.astype(dtype))
+        if dtype is not None and values.dtype != dtype:
+            with np.errstate(over="ignore", invalid="ignore"):  # checked just below
+                values = values.astype(dtype)
+        if check_finite and not is_finite(values):
+            raise WeightsError(
+                f"parameter {'/'.join(piece.path)} is not finite as {values.dtype} "
+                f"({tensor.name}); pass check_finite=False to store it all the same."
+            )
+        yield _to_file_layout(piece, values)
 
 
 def _layer(leaf: Any, layer: int) -> Any:
@@ -174,6 +194,7 @@ def _write_weights(
     plan: list[PlannedTensor],
     params: Params,
     max_shard_bytes: int,
+    check_finite: bool,
 ) -> None:
     shards = _shards(plan, max_shard_bytes)
     index = {}
@@ -185,7 +206,7 @@ def _write_weights(
         blocks = (
             block
             for tensor, planned in part
-            for block in _blocks(tensor, params, planned.dtype)
+            for block in _blocks(tensor, params, planned.dtype, check_finite)
         )
         write_safetensors(folder / name, plan[start:stop], blocks)
         index |= {planned.name: name for _, planned in part}
@@ -219,11 +240,9 @@ def _config_fields(
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         # Left out, transformers would take the family's own ids.
         fields[key] = generation.get(key)
-    stored = {tensor.dtype for tensor in plan}
+    stored = functools.reduce(jnp.promote_types, {tensor.dtype for tensor in plan})
     # Both versions of transformers read this name; the newer `dtype` only one does.
-    fields["torch_dtype"] = (
-        stored.pop().name if len(stored) == 1 else np.result_type(*stored).name
-    )
+    fields["torch_dtype"] = np.dtype(stored).name
     return fields
 
 

@@ -148,7 +148,7 @@ def _logits(model: models.Model, tokens: np.ndarray) -> np.ndarray:
 
 
 def _transformers_logits(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports] (extra `parity`)
     import transformers
 
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
