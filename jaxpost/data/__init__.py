@@ -1,0 +1,81 @@
+"""Records to tokens to batches: NumPy in memory, no devices.
+
+Reads rows (JSONL, Parquet, hub, built-in), names their columns, renders and tokenises
+them with exact masks, packs or pads them, and keeps the order of training. Knows no
+model and no loss.
+"""
+
+from jaxpost.data._batches import Batches
+from jaxpost.data._columns import (
+    Format,
+    Kind,
+    normalize_row,
+    row_kind,
+    split_preference,
+)
+from jaxpost.data._encode import (
+    Example,
+    LossOn,
+    OnTooLong,
+    Pair,
+    encode_pair,
+    encode_prompt,
+    encode_row,
+    example_id,
+)
+from jaxpost.data._errors import BadRow, BadRows, DataError, OnBadRow
+from jaxpost.data._load import load_examples, load_pairs, load_rows
+from jaxpost.data._packing import (
+    TokenRow,
+    pack,
+    packing_efficiency,
+    pad,
+    pad_batch,
+    stack,
+)
+from jaxpost.data._records import Row, read_jsonl
+from jaxpost.data._sources import fingerprint, read_rows
+from jaxpost.data._tokenizer import (
+    Tokenizer,
+    check_vocab,
+    load_tokenizer,
+    make_tokenizer,
+)
+
+__all__ = [
+    "BadRow",
+    "BadRows",
+    "Batches",
+    "DataError",
+    "Example",
+    "Format",
+    "Kind",
+    "LossOn",
+    "OnBadRow",
+    "OnTooLong",
+    "Pair",
+    "Row",
+    "TokenRow",
+    "Tokenizer",
+    "check_vocab",
+    "encode_pair",
+    "encode_prompt",
+    "encode_row",
+    "example_id",
+    "fingerprint",
+    "load_examples",
+    "load_pairs",
+    "load_rows",
+    "load_tokenizer",
+    "make_tokenizer",
+    "normalize_row",
+    "pack",
+    "packing_efficiency",
+    "pad",
+    "pad_batch",
+    "read_jsonl",
+    "read_rows",
+    "row_kind",
+    "split_preference",
+    "stack",
+]
