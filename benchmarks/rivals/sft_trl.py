@@ -1,0 +1,97 @@
+"""TRL's SFTTrainer at its best on this size: no logging, evaluation, saving, padding.
+
+Its loss is TRL's default, which never builds the whole logits. Prints one JSON line.
+"""
+
+import os
+import sys
+import tempfile
+
+from sft_settings import Clock, batches, parse, report
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    args = parse(__doc__, optim={"default": "adamw_torch_fused"}, compile={"type": int, "default": 0})
+    import datasets
+    import tokenizers
+    import torch
+    import transformers
+    import trl
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    sizes = args.sizes
+    clock = Clock(args.warmup)
+
+    class Ticks(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            clock.ticks = []
+            clock.tick()
+
+        def on_step_end(self, *_, **__):
+            clock.tick()
+
+    config = transformers.LlamaConfig(
+        vocab_size=sizes["vocab"],
+        hidden_size=sizes["hidden"],
+        intermediate_size=sizes["ffn"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=sizes["kv_heads"],
+        head_dim=sizes["head_dim"],
+        max_position_embeddings=sizes["length"],
+        tie_word_embeddings=sizes["tied"],
+        use_cache=False,
+    )
+    steps = args.warmup + args.steps
+    rows = batches(sizes, steps).reshape(-1, sizes["length"])
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0}, "<eos>"))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl.SFTTrainer(
+            model=transformers.LlamaForCausalLM(config),
+            args=trl.SFTConfig(
+                output_dir=folder,
+                max_steps=steps,
+                per_device_train_batch_size=sizes["batch"],
+                max_length=sizes["length"],
+                dataset_kwargs={"skip_prepare_dataset": True},
+                learning_rate=sizes["learning_rate"],
+                weight_decay=sizes["weight_decay"],
+                lr_scheduler_type="constant",
+                optim=args.optim,
+                bf16=False,
+                use_cpu=True,
+                gradient_checkpointing=args.remat,
+                torch_compile=bool(args.compile),
+                logging_strategy="no",
+                eval_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_num_workers=0,
+                dataloader_pin_memory=False,
+                average_tokens_across_devices=False,
+            ),
+            train_dataset=datasets.Dataset.from_dict({"input_ids": rows.tolist()}),
+            processing_class=transformers.PreTrainedTokenizerFast(
+                tokenizer_object=words, eos_token="<eos>", pad_token="<eos>"
+            ),
+            callbacks=[Ticks()],
+        )
+        stdout, sys.stdout = sys.stdout, sys.stderr  # the trainer prints its summary
+        result = trainer.train()
+        sys.stdout = stdout
+    report(
+        "TRL SFTTrainer",
+        args,
+        clock,
+        settings=f"optim={args.optim}, chunked loss, torch_compile={bool(args.compile)}",
+        versions=f"trl {trl.__version__}, torch {torch.__version__}",
+        loss=result.training_loss,
+    )
+
+
+if __name__ == "__main__":
+    main()
