@@ -3,6 +3,7 @@
 The three steps in one, with bad rows handled in one place.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -33,6 +34,7 @@ def load_rows(
     on_bad_row: OnBadRow = "stop",
     report: BadRows | None = None,
     limit: int | None = None,
+    prompt_suffix: str = "",
     line_limit_bytes: int = LINE_LIMIT_BYTES,
 ) -> Iterator[Row]:
     """Rows of a source under TRL's column names.
@@ -42,6 +44,7 @@ def load_rows(
             `line_limit_bytes`.
         columns: as in `normalize_row`; so is `format`.
         limit: rows to give at most.
+        prompt_suffix: put behind prompts that are plain text, such as a line end.
 
     Raises:
         BadRow, DataError, FileNotFoundError: as `read_rows` and `normalize_row`.
@@ -62,6 +65,10 @@ def load_rows(
         except BadRow as problem:
             handle(problem, on_bad_row, report)
             continue
+        prompt = normal.columns.get("prompt")
+        if prompt_suffix and isinstance(prompt, str):
+            suffixed = {**normal.columns, "prompt": prompt + prompt_suffix}
+            normal = dataclasses.replace(normal, columns=suffixed)
         given += 1
         yield normal
 
@@ -80,6 +87,7 @@ def load_examples(
     on_bad_row: OnBadRow = "stop",
     report: BadRows | None = None,
     limit: int | None = None,
+    prompt_suffix: str = "",
     line_limit_bytes: int = LINE_LIMIT_BYTES,
 ) -> list[Example]:
     """All examples of a source; arguments as in `load_rows` and `encode_row`.
@@ -109,6 +117,7 @@ def load_examples(
         on_bad_row=on_bad_row,
         report=report,
         limit=limit,
+        prompt_suffix=prompt_suffix,
         line_limit_bytes=line_limit_bytes,
     )
 
@@ -126,6 +135,7 @@ def load_pairs(
     on_bad_row: OnBadRow = "stop",
     report: BadRows | None = None,
     limit: int | None = None,
+    prompt_suffix: str = "",
     line_limit_bytes: int = LINE_LIMIT_BYTES,
 ) -> list[Pair]:
     """All preference pairs of a source; arguments and errors as `load_examples`."""
@@ -148,6 +158,7 @@ def load_pairs(
         on_bad_row=on_bad_row,
         report=report,
         limit=limit,
+        prompt_suffix=prompt_suffix,
         line_limit_bytes=line_limit_bytes,
     )
 

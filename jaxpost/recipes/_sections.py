@@ -48,28 +48,39 @@ class DataSection:
 
     Attributes:
         train: File (.jsonl, .jsonl.gz, .parquet), hub name, or `builtin:arithmetic`.
+        train_split: Of built-in and hub data; `train` if not given.
         eval: Held-out rows in the same form; none holds out rows of `train`.
+        eval_split: Of built-in and hub data.
         eval_rows: How many rows of `train` to hold out (the last ones) if `eval` is
             none; 0 evaluates nothing.
         max_rows: Read at most this many rows of `train`.
         format: Layout of the rows: TRL's columns, or one that is rewritten to them.
         columns: Renames of columns, e.g. {question: prompt, answer: completion}.
-        loss_on: Tokens to train on: the completion, every assistant turn, or all.
+        prompt_suffix: Text between a plain-text prompt and its completion.
+        loss_on: Tokens to train on; `auto` takes the completion of prompt and
+            completion, the assistant's turns of messages, and all of plain text.
         chat_template: Built-in name or file; the tokenizer's own if not given.
-        max_length: Longest example, tokens; longer rows are bad rows.
+        eos_tokens: Tokens that end a turn, besides the tokenizer's own.
+        max_length: Longest example, tokens.
+        on_too_long: Treat a longer row as a bad row, or cut its end off.
         packing: Put several examples in one row of `max_length` tokens (best fit).
         on_bad_row: Stop at the first bad row, or skip and count them.
     """
 
     train: str = "builtin:arithmetic"
+    train_split: str | None = None
     eval: str | None = None
+    eval_split: str = "test"
     eval_rows: int = 0
     max_rows: int | None = None
     format: Literal["trl", "alpaca", "sharegpt"] = "trl"
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    loss_on: Literal["completion", "assistant", "all"] = "completion"
+    prompt_suffix: str = ""
+    loss_on: Literal["auto", "all", "completion", "assistant", "last"] = "auto"
     chat_template: str | None = None
+    eos_tokens: tuple[str, ...] = ()
     max_length: int = 512
+    on_too_long: Literal["refuse", "truncate"] = "refuse"
     packing: bool = True
     on_bad_row: Literal["stop", "skip"] = "stop"
 
