@@ -6,6 +6,7 @@ model and no loss.
 """
 
 from jaxpost.data._batches import Batches
+from jaxpost.data._check import DataCheck, DataProblem, check_data
 from jaxpost.data._columns import (
     Format,
     Kind,
@@ -34,6 +35,13 @@ from jaxpost.data._packing import (
     stack,
 )
 from jaxpost.data._records import Row, read_jsonl
+from jaxpost.data._show import (
+    TokenView,
+    render_check,
+    render_text,
+    render_tokens,
+    view_tokens,
+)
 from jaxpost.data._sources import fingerprint, read_rows
 from jaxpost.data._tokenizer import (
     Tokenizer,
@@ -46,7 +54,9 @@ __all__ = [
     "BadRow",
     "BadRows",
     "Batches",
+    "DataCheck",
     "DataError",
+    "DataProblem",
     "Example",
     "Format",
     "Kind",
@@ -56,7 +66,9 @@ __all__ = [
     "Pair",
     "Row",
     "TokenRow",
+    "TokenView",
     "Tokenizer",
+    "check_data",
     "check_vocab",
     "encode_pair",
     "encode_prompt",
@@ -75,7 +87,11 @@ __all__ = [
     "pad_batch",
     "read_jsonl",
     "read_rows",
+    "render_check",
+    "render_text",
+    "render_tokens",
     "row_kind",
     "split_preference",
     "stack",
+    "view_tokens",
 ]

@@ -163,7 +163,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             digest = hashlib.blake2b(digest_size=16)
             for row in self._rows:
                 for name in sorted(row):
-                    digest.update(memoryview(np.ascontiguousarray(row[name])))
+                    digest.update(np.ascontiguousarray(row[name]).data)
             self._digest = digest.hexdigest()
         return {
             "rows": len(self._rows),

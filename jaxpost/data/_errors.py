@@ -44,6 +44,7 @@ class BadRows:
         emit: called with each kept line, such as a console's print.
         counts: rows skipped, by reason.
         lines: the first `keep` messages.
+        samples: the first three problems of each reason.
         rows: rows read so far, good ones included.
     """
 
@@ -51,6 +52,7 @@ class BadRows:
     emit: Callable[[str], None] | None = None
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
     lines: list[str] = dataclasses.field(default_factory=list)
+    samples: dict[str, list[BadRow]] = dataclasses.field(default_factory=dict)
     rows: int = 0
 
     @property
@@ -61,6 +63,9 @@ class BadRows:
     def add(self, problem: BadRow) -> None:
         """Counts one skipped row."""
         self.counts[problem.reason] += 1
+        samples = self.samples.setdefault(problem.reason, [])
+        if len(samples) < 3:
+            samples.append(problem)
         if len(self.lines) < self.keep:
             self.lines.append(str(problem))
             if self.emit is not None:
