@@ -46,9 +46,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         yield work
         # mkdtemp makes private folders; an export is as readable as its parent allows.
         work.chmod(0o777 & ~_umask())
-        _sync_folder(work)
+        # What the disk refuses late (delayed allocation) must fail before the move.
+        for file in work.iterdir():
+            _sync(file)
+        _sync(work)
         _move_into_place(work, target)
-        _sync_folder(target.parent)
+        _sync(target.parent)
     finally:
         os.close(lock)
         shutil.rmtree(work, ignore_errors=True)
@@ -126,8 +129,8 @@ def _remove_stale(parent: pathlib.Path, prefix: str) -> None:
             os.close(lock)
 
 
-def _sync_folder(folder: pathlib.Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -240,7 +240,8 @@ def _comparable(config: models.DecoderConfig) -> dict[str, Any]:
     }
     del fields["remat"], fields["attention_implementation"]
     windows = [config.window_of(layer) for layer in range(config.num_layers)]
-    fields["layer_windows"], fields["sliding_window"] = windows, None
+    del fields["layer_windows"]
+    fields["sliding_window"] = windows  # per layer
     scale = config.query_scale
     scale = config.head_dim**-0.5 if scale is None else scale
     # Files hold the inverse square, so the last bits may differ.

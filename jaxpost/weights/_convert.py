@@ -15,6 +15,7 @@ from jaxpost.weights._verify import ExportReport, verify_export
 
 # What llama2.c's own tokenizer writes around a text.
 _LLAMA2C = {"bos_token_id": 1, "eos_token_id": 2}
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
@@ -58,6 +59,9 @@ def convert(
         tokenizer = folder
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = data.load_tokenizer(os.fspath(tokenizer))
+    if tokenizer is not None:
+        # A tokenizer has asked these files already, after its own.
+        fields = {key: value for key, value in fields.items() if key not in _IDS}
     save(
         model,
         destination,

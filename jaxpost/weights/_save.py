@@ -103,7 +103,7 @@ def save(
         _write_json(folder / "config.json", fields)
         _write_json(folder / "generation_config.json", generation)
         if card is not None:
-            _write_text(folder / "README.md", card.render())
+            (folder / "README.md").write_text(card.render(), encoding="utf-8")
     return target
 
 
@@ -265,11 +265,5 @@ def _check_replaceable(target: pathlib.Path) -> None:
 
 
 def _write_json(path: pathlib.Path, fields: Mapping[str, Any]) -> None:
-    _write_text(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    text = json.dumps(fields, indent=2, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")

@@ -74,9 +74,7 @@ def test_phi3_fuses_rows_in_order(tmp_path):
     file = safetensors.numpy.load_file(tmp_path / "out/model.safetensors")
     fused = file["model.layers.1.self_attn.qkv_proj.weight"]
     attention = model.params["layers"]["attention"]
-    rows = [
-        np.asarray(attention[key]["kernel"][1]).reshape(16, -1).T for key in "qkv"
-    ]
+    rows = [np.asarray(attention[key]["kernel"][1]).reshape(16, -1).T for key in "qkv"]
     np.testing.assert_array_equal(fused, np.concatenate(rows))
     gate_up = file["model.layers.1.mlp.gate_up_proj.weight"]
     mlp = model.params["layers"]["mlp"]
