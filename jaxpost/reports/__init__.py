@@ -1,0 +1,14 @@
+"""Run folders into one page: curves, samples, settings, comparison of runs."""
+
+from jaxpost.reports._page import write_report
+from jaxpost.reports._run import ReportError, Run, read_run, read_runs
+from jaxpost.reports._tables import summary_table
+
+__all__ = [
+    "ReportError",
+    "Run",
+    "read_run",
+    "read_runs",
+    "summary_table",
+    "write_report",
+]
