@@ -1,15 +1,20 @@
 """Arithmetic that every room shares; arrays in, arrays out."""
 
 from jaxpost.ops._attention import attention
+from jaxpost.ops._dtypes import at_least_float32, compute_dtype
 from jaxpost.ops._kl import kl_estimate
+from jaxpost.ops._linear_logps import linear_token_logps
 from jaxpost.ops._logits import entropy, logits, token_logps
 from jaxpost.ops._masked import masked_mean, masked_sum, masked_variance, ratio
 from jaxpost.ops._shift import shift_targets
 
 __all__ = [
+    "at_least_float32",
     "attention",
+    "compute_dtype",
     "entropy",
     "kl_estimate",
+    "linear_token_logps",
     "logits",
     "masked_mean",
     "masked_sum",

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 def compute_dtype(*arrays: jax.Array | None) -> jnp.dtype:
     """`promote_types` of the arrays' dtypes and float32, so never narrower than it."""
     dtype = jnp.dtype(jnp.float32)
-    for array in arrays:
-        if array is not None:
-            dtype = jnp.promote_types(dtype, array.dtype)
+    # The caller's setting may forbid implicit promotion; this one is asked for.
+    with jax.numpy_dtype_promotion("standard"):
+        for array in arrays:
+            if array is not None:
+                dtype = jnp.promote_types(dtype, array.dtype)
     return dtype
 
 

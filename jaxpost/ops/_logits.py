@@ -13,11 +13,12 @@ def as_head(head: Head | jax.Array) -> Head:
     return head if isinstance(head, Head) else Head(head)
 
 
-def shape_logits(raw: jax.Array, head: Head, bias: jax.Array | None) -> jax.Array:
+def shape_logits(raw: jax.Array, head: Head) -> jax.Array:
     """`cap(scale * (raw + bias))` of raw products `[..., V]`, in their dtype."""
-    out = (
-        raw if bias is None else raw + bias.astype(raw.dtype)[(None,) * (raw.ndim - 1)]
-    )
+    out = raw
+    if head.bias is not None:
+        bias = head.bias.astype(raw.dtype)
+        out = raw + bias.reshape((1,) * (raw.ndim - 1) + bias.shape)
     if head.scale != 1.0:
         out = out * head.scale
     if head.softcap is not None:
@@ -46,7 +47,7 @@ def logits(hidden: jax.Array, head: Head | jax.Array) -> jax.Array:
     check_widths(hidden, head)
     dtype = compute_dtype(hidden, head.weight)
     raw = jnp.einsum("...d,dv->...v", hidden, head.weight, preferred_element_type=dtype)
-    return shape_logits(raw, head, head.bias)
+    return shape_logits(raw, head)
 
 
 def check_widths(hidden: jax.Array, head: Head) -> None:

@@ -1,0 +1,77 @@
+"""How tokens are arranged for a sweep in chunks: rows kept, columns walked.
+
+A sweep walks `[A, S, ...]` along `S`, `columns` at a time, so that a chunk holds
+`A * columns` tokens. The batch axis stays whole in `A` where devices may share it:
+slicing along a sharded axis would gather it at every step.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+CHUNK_BYTES = 128 * 2**20
+"""Default size of one chunk's logits; larger chunks gained nothing measurable."""
+MIN_CHUNK, MAX_CHUNK = 128, 4096
+
+
+def default_chunk_size(vocab: int, itemsize: int) -> int:
+    """Tokens per chunk whose logits take about `CHUNK_BYTES`."""
+    return min(max(CHUNK_BYTES // max(vocab * itemsize, 1), MIN_CHUNK), MAX_CHUNK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Tokens of `shape` arranged as `[rows, chunks * columns]`, padded at the end.
+
+    Fields:
+        shape: the tokens' own axes, `B` first.
+        rows: `A`, a divisor of `B`.
+        columns: steps of `S` in one chunk.
+        chunks: number of chunks when every token is walked.
+    """
+
+    shape: tuple[int, ...]
+    rows: int
+    columns: int
+    chunks: int
+
+    def arrange(self, x: jax.Array) -> jax.Array:
+        """`[*shape, ...]` to `[A, S, ...]`, padded with zeros."""
+        rest = x.shape[len(self.shape) :]
+        x = x.reshape(self.rows, -1, *rest)
+        missing = self.chunks * self.columns - x.shape[1]
+        return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * len(rest))
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """The inverse of `arrange`."""
+        size = 1
+        for length in self.shape:
+            size *= length
+        rest = x.shape[2:]
+        return x[:, : size // self.rows].reshape(*self.shape, *rest)
+
+
+def plan_layout(shape: tuple[int, ...], chunk_size: int) -> Layout:
+    """Arrange tokens of `shape` into near-equal chunks of at most `chunk_size`.
+
+    With one device all tokens form one row, where masked tokens can be set aside best;
+    with several, rows are a divisor of the batch, which may be sharded over them.
+    """
+    batch, tokens = shape[0], 1
+    for length in shape:
+        tokens *= length
+    rows = 1
+    if jax.device_count() > 1:
+        limit = min(batch, chunk_size)
+        rows = max(d for d in range(1, max(limit, 1) + 1) if batch % d == 0)
+    width = tokens // rows
+    chunks = max(-(-width // max(chunk_size // rows, 1)), 1)
+    columns = max(-(-width // chunks), 1)
+    return Layout(shape, rows, columns, chunks)
+
+
+def gather_columns(x: jax.Array, order: jax.Array) -> jax.Array:
+    """`out[a, s] = x[a, order[a, s]]` for `x` `[A, S, ...]` and `order` `[A, S]`."""
+    index = order.reshape(order.shape + (1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1)

@@ -1,0 +1,335 @@
+"""The two sweeps behind `linear_token_logps`, over arranged tokens `[A, S, ...]`.
+
+With `z = cap(scale * (h W + b)) / temperature` and `p = softmax(z)` of one token,
+
+    d logp_y / dz = onehot(y) - p,        d entropy / dz = -p (log p + entropy),
+
+and `d raw = dz * dz/d raw`, `dh = d raw @ W^T`, `dW = h^T @ d raw`: three products, the
+one for the logits included. `forward_sweep` forms them at once when it is told what the
+log-probs will be multiplied with; `gradient_sweep` forms them from known cotangents,
+which costs the logits' product a second time.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpost.ops._dtypes import compute_dtype
+from jaxpost.ops._logits import shape_logits
+from jaxpost.typing import Head
+
+TILE_BYTES = 32 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Static choices of a sweep; see `linear_token_logps`."""
+
+    columns: int
+    dtype: jnp.dtype
+    scale: float
+    softcap: float | None
+    temperature: float
+    with_entropy: bool
+    with_top1: bool
+    vocab_axis: str | None
+
+
+class Inputs(NamedTuple):
+    """Arrays of a sweep; gradients reach `hidden`, `weight` and `bias`.
+
+    Fields:
+        hidden: `[A, S, D]`.
+        weight: `[D, V]`, `V` being this device's part if sharded.
+        bias: `[V]` or None.
+        targets: `[A, S]`, ids in the whole vocabulary.
+        grad_weights: `[A, S]` or None.
+        trips: how many chunks to walk, a scalar.
+    """
+
+    hidden: jax.Array
+    weight: jax.Array
+    bias: jax.Array | None
+    targets: jax.Array
+    grad_weights: jax.Array | None
+    trips: jax.Array | int
+
+
+class Stats(NamedTuple):
+    """Per token, `[A, S]`, zero in chunks not walked; `log_norm` is `logsumexp(z)`."""
+
+    logps: jax.Array
+    log_norm: jax.Array
+    entropy: jax.Array | None
+    top1: jax.Array | None
+
+
+class Grads(NamedTuple):
+    """Gradients in the dtype of the sums, shapes of the inputs."""
+
+    hidden: jax.Array
+    weight: jax.Array
+    bias: jax.Array | None
+
+
+def forward_sweep(
+    settings: Settings, inputs: Inputs, *, with_grads: bool
+) -> tuple[Stats, Grads | None]:
+    """Statistics of every walked token and, if asked, gradients of
+    `sum(grad_weights * logps)` from the same logits."""
+    rows, width = inputs.hidden.shape[:2]
+    token_axes = _varying_axes(inputs) - {settings.vocab_axis}
+
+    def per_token():
+        return _zeros((rows, width), settings.dtype, token_axes)
+
+    stats = Stats(
+        per_token(),
+        per_token(),
+        per_token() if settings.with_entropy else None,
+        per_token() if settings.with_top1 else None,
+    )
+    grads = zero_grads(settings, inputs) if with_grads else None
+
+    def body(i, carry):
+        stats, grads = carry
+        hidden = _take(inputs.hidden, i, settings.columns)
+        targets = _take(inputs.targets, i, settings.columns)
+        scores = _scores(settings, inputs, hidden)
+        chosen = _chosen_scores(settings, scores, targets)
+        # Read before the exponentials overwrite the scores, or both are kept.
+        scores, chosen = lax.optimization_barrier((scores, chosen))
+        top = _over_vocab(settings, lax.pmax, jnp.max(scores, axis=1))
+        exps = jnp.exp(scores - top[:, None])
+        norm = _over_vocab(settings, lax.psum, jnp.sum(exps, axis=1))
+        log_norm = top + jnp.log(norm)
+        found = Stats(
+            chosen - log_norm,
+            log_norm,
+            _entropy(settings, scores, exps, top, norm),
+            _top1(settings, scores, top, targets),
+        )
+        if grads is not None:
+            assert inputs.grad_weights is not None
+            weights = _take(inputs.grad_weights, i, settings.columns)
+            # The factor is folded into the small side of each product, so that the
+            # exponentials are used as they are.
+            slopes = _subtract_at(settings, exps, targets, norm)
+            grads = _add_grads(
+                settings, inputs, grads, i, hidden, scores, slopes, -weights / norm
+            )
+        return jax.tree.map(lambda b, x: _put(b, i, x), stats, found), grads
+
+    return lax.fori_loop(0, inputs.trips, body, (stats, grads))
+
+
+def gradient_sweep(
+    settings: Settings,
+    inputs: Inputs,
+    stats: Stats,
+    logps_bar: jax.Array,
+    entropy_bar: jax.Array | None,
+    start: Grads,
+    trips: jax.Array | int,
+) -> Grads:
+    """Add to `start` the gradients of `sum(logps_bar * logps + entropy_bar * entropy)`.
+
+    Tokens whose cotangents are zero add exactly nothing, whatever they hold.
+    """
+
+    def body(i, grads):
+        def take(x):
+            return _take(x, i, settings.columns)
+
+        bar = take(logps_bar)
+        live = bar != 0
+        if entropy_bar is not None:
+            live |= take(entropy_bar) != 0
+        hidden = take(inputs.hidden)
+        hidden = jnp.where(live[:, None], hidden, jnp.zeros((), hidden.dtype))
+        scores = _scores(settings, inputs, hidden)
+        # Infinity makes every probability of a dead token zero.
+        log_norm = jnp.where(live, take(stats.log_norm), jnp.inf)
+        log_probs = scores - log_norm[:, None]
+        probs = jnp.exp(log_probs)
+        if entropy_bar is None:
+            factor = -bar
+            slopes = _subtract_at(settings, probs, take(inputs.targets), 1.0)
+        else:
+            assert stats.entropy is not None
+            entropy = jnp.where(live, take(stats.entropy), 0)
+            surplus = jnp.where(probs > 0, log_probs + entropy[:, None], 0)
+            slopes = probs * (bar[:, None] + take(entropy_bar)[:, None] * surplus)
+            slopes = _subtract_at(settings, slopes, take(inputs.targets), bar)
+            factor = -jnp.ones_like(bar)
+        return _add_grads(settings, inputs, grads, i, hidden, scores, slopes, factor)
+
+    return lax.fori_loop(0, trips, body, start)
+
+
+def zero_grads(settings: Settings, inputs: Inputs) -> Grads:
+    """Where a gradient sum starts."""
+    axes = _varying_axes(inputs)
+    return jax.tree.map(
+        lambda x: _zeros(x.shape, settings.dtype, axes),
+        Grads(inputs.hidden, inputs.weight, inputs.bias),
+    )
+
+
+def _add_grads(settings, inputs, grads, i, hidden, scores, slopes, factor):
+    """Add one chunk whose gradient of the scores is `factor[:, None] * slopes`."""
+    if settings.softcap is not None:
+        capped = scores * (settings.temperature / settings.softcap)  # tanh of the input
+        slopes = slopes * (1 - jnp.square(capped))
+    factor = factor * (settings.scale / settings.temperature)
+    weighted = hidden.astype(settings.dtype) * factor[:, None]
+    weighted = weighted.astype(_operand_dtype(hidden, inputs.weight))
+    slopes_in = slopes.astype(_operand_dtype(hidden, inputs.weight))
+    hidden_bar = _dot(settings, slopes_in, inputs.weight, 1, 1) * factor[:, None]
+    return Grads(
+        _put(grads.hidden, i, hidden_bar),
+        _add_product(settings, grads.weight, weighted, slopes_in),
+        None if grads.bias is None else grads.bias + factor @ slopes,
+    )
+
+
+def _add_product(settings, total, left, right):
+    """`total + left.T @ right` for `[D, V]`, `[C, D]`, `[C, V]`.
+
+    XLA's CPU backend forms the whole product before it adds; there, large totals are
+    updated in place some rows at a time. Accelerators add inside the product.
+    """
+    depth = total.shape[0]
+    wanted = -(-total.size * total.dtype.itemsize // TILE_BYTES)
+    tiles = next((n for n in range(wanted, depth + 1) if depth % n == 0), 1)
+    if tiles == 1 or jax.default_backend() != "cpu":
+        return total + _dot(settings, left, right, 0, 0)
+    size = depth // tiles
+
+    def body(j, total):
+        part = lax.dynamic_slice_in_dim(left, j * size, size, axis=1)
+        old = lax.dynamic_slice_in_dim(total, j * size, size, axis=0)
+        new = old + _dot(settings, part, right, 0, 0)
+        return lax.dynamic_update_slice_in_dim(total, new, j * size, axis=0)
+
+    return lax.fori_loop(0, tiles, body, total)
+
+
+def _scores(settings, inputs, hidden):
+    """`z` of one chunk, `[C, V]`."""
+    raw = _dot(settings, hidden, inputs.weight, 1, 0)
+    head = Head(inputs.weight, inputs.bias, settings.softcap, settings.scale)
+    scores = shape_logits(raw, head)
+    return scores if settings.temperature == 1.0 else scores / settings.temperature
+
+
+def _operand_dtype(hidden, weight):
+    """Products take bfloat16 only where both sides are; sums are wider."""
+    if hidden.dtype == weight.dtype == jnp.bfloat16:
+        return jnp.dtype(jnp.bfloat16)
+    return compute_dtype(hidden, weight)
+
+
+def _dot(settings, left, right, left_axis, right_axis):
+    dtype = _operand_dtype(left, right)
+    return lax.dot_general(
+        left.astype(dtype),
+        right.astype(dtype),
+        (((left_axis,), (right_axis,)), ((), ())),
+        preferred_element_type=settings.dtype,
+    )
+
+
+def _local_targets(settings, targets, vocab):
+    """Ids within this device's part of the vocabulary, and whether they are in it."""
+    if settings.vocab_axis is not None:
+        start = lax.axis_index(settings.vocab_axis) * vocab
+        targets = targets - start.astype(targets.dtype)
+    return targets, (targets >= 0) & (targets < vocab)
+
+
+def _chosen_scores(settings, scores, targets):
+    """Score of each target, `[C]`; NaN where the id is outside the vocabulary."""
+    local, owned = _local_targets(settings, targets, scores.shape[1])
+    index = jnp.where(owned, local, 0)[:, None]
+    chosen = jnp.take_along_axis(scores, index, axis=1)[:, 0]
+    chosen = _over_vocab(settings, lax.psum, jnp.where(owned, chosen, 0))
+    owners = _over_vocab(settings, lax.psum, owned.astype(jnp.int32))
+    return jnp.where(owners == 1, chosen, jnp.nan)
+
+
+def _subtract_at(settings, slopes, targets, amounts):
+    """`slopes[c, targets[c]] -= amounts[c]` where this device owns the target."""
+    count, vocab = slopes.shape
+    local, owned = _local_targets(settings, targets, vocab)
+    index = jnp.where(owned, local, vocab)  # past the end: dropped
+    amounts = jnp.broadcast_to(jnp.asarray(amounts, slopes.dtype), (count,))
+    rows = jnp.arange(count, dtype=index.dtype)
+    return slopes.at[rows, index].add(-amounts, mode="drop", unique_indices=True)
+
+
+def _entropy(settings, scores, exps, top, norm):
+    if not settings.with_entropy:
+        return None
+    # A score of -inf has probability zero; 0 * -inf would be NaN.
+    terms = jnp.where(exps > 0, exps * (scores - top[:, None]), 0)
+    mean = _over_vocab(settings, lax.psum, jnp.sum(terms, axis=1)) / norm
+    return jnp.log(norm) - mean
+
+
+def _top1(settings, scores, top, targets):
+    """1.0 where the first of the highest scores, the greedy choice, is the target."""
+    if not settings.with_top1:
+        return None
+    vocab = scores.shape[1]
+    ids = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    nowhere = jnp.iinfo(jnp.int32).max
+    first = jnp.min(jnp.where(scores == top[:, None], ids, nowhere), axis=1)
+    if settings.vocab_axis is not None:
+        start = lax.axis_index(settings.vocab_axis) * vocab
+        first = jnp.where(first == nowhere, nowhere, first + start.astype(jnp.int32))
+        first = lax.pmin(first, settings.vocab_axis)
+    return (first == targets.astype(jnp.int32)).astype(settings.dtype)
+
+
+def _over_vocab(settings, reduce, x):
+    return x if settings.vocab_axis is None else reduce(x, settings.vocab_axis)
+
+
+def _take(x, i, columns):
+    """Chunk `i` of `[A, S, ...]`, flattened: `[A * columns, ...]`."""
+    part = lax.dynamic_slice_in_dim(x, i * columns, columns, axis=1)
+    return part.reshape(-1, *x.shape[2:])
+
+
+def _put(buffer, i, part):
+    """Write chunk `i` back."""
+    rows = buffer.shape[0]
+    part = part.reshape(rows, -1, *buffer.shape[2:])
+    start = i * part.shape[1]
+    return lax.dynamic_update_slice_in_dim(
+        buffer, part.astype(buffer.dtype), start, axis=1
+    )
+
+
+def _varying_axes(inputs):
+    """Axes of an enclosing `shard_map` over which the inputs differ."""
+    return frozenset().union(*(varying_axes(x) for x in jax.tree.leaves(inputs)))
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """Mesh axes over which `x` differs inside a checked `shard_map`; else none."""
+    return frozenset(getattr(jax.typeof(x), "vma", ()))
+
+
+def vary_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Mark `x` as differing over `axes` too; the transpose sums over them."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _zeros(shape, dtype, axes):
+    return vary_over(jnp.zeros(shape, dtype), axes)

@@ -1,0 +1,277 @@
+"""Log-probabilities straight from hidden states, a chunk of tokens at a time.
+
+The `[B, T, V]` logits never exist: each chunk's are built, read and dropped, forward
+and backward. Knows arrays, a head and perhaps the name of a mesh axis; no model, no
+loss.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxpost.ops._chunks import Layout, default_chunk_size, gather_columns, plan_layout
+from jaxpost.ops._dtypes import compute_dtype
+from jaxpost.ops._linear_chunk import (
+    Grads,
+    Inputs,
+    Settings,
+    forward_sweep,
+    gradient_sweep,
+    vary_over,
+    varying_axes,
+    zero_grads,
+)
+from jaxpost.ops._logits import as_head, check_widths, entropy, logits, token_logps
+from jaxpost.typing import Head, TokenStats
+
+IMPLEMENTATIONS = ("chunked", "dense")
+
+
+def linear_token_logps(
+    hidden: jax.Array,
+    head: Head | jax.Array,
+    targets: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    grad_weights: jax.Array | None = None,
+    chunk_size: int | None = None,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    with_top1: bool = False,
+    vocab_axis: str | None = None,
+    implementation: str | None = None,
+) -> TokenStats:
+    """Log-probability of each target, without storing the logits.
+
+    That is, under `softmax(logits(hidden, head) / temperature)`. Gradients reach
+    `hidden` and the head's weight and bias, from `logps` and `entropy`. They cost four
+    products of the size of the logits' in all, since the backward pass builds each
+    chunk's logits again. With `grad_weights`, three: the gradients are formed in the
+    forward pass, from logits that are there anyway.
+
+    Args:
+        hidden: states after the last norm, float `[B, T, D]` (any axes before `D`).
+        head: a `Head`, or its bare weight `[D, V]`.
+        targets: what `hidden[:, t]` predicts (`shift_targets`), integer `[B, T]`, in
+            `[0, V)`; an id outside gives NaN.
+        mask: tokens to score, bool `[B, T]`; None for all. The others cost no product
+            with the head, their statistics are zero, and whatever they hold, even NaN,
+            reaches no result and no gradient.
+        grad_weights: what the loss will multiply `logps` with, up to one factor common
+            to all tokens, bool or float `[B, T]`: the loss mask, for a mean over
+            tokens. Also the mask: tokens of weight zero are not scored. Otherwise a
+            hint for speed only: should the cotangent of `logps` turn out different, or
+            that of `entropy` not zero, the backward pass computes the gradients anew.
+            No gradient reaches it.
+        chunk_size: tokens per chunk; None chooses about 128 MiB of logits.
+        temperature: divides the (capped) logits.
+        with_entropy: also return the entropy of the whole distribution.
+        with_top1: also return 1.0 where the target is the greedy choice (the first of
+            the highest scores), 0.0 elsewhere.
+        vocab_axis: inside `shard_map`, the mesh axis over which the head's `V` is split
+            into equal parts in order; `hidden` and `targets` must not differ along it.
+            Only sums and maxima per token are communicated forward, and the gradient of
+            `hidden` backward.
+        implementation: `"chunked"`; `"dense"`, the plain reference, which stores the
+            logits; or None to choose (`"chunked"`).
+
+    Returns:
+        `TokenStats(logps, entropy, top1)`, each `[B, T]`, float32 or wider, nats; None
+        where not asked for.
+
+    Raises:
+        ValueError: shapes that do not fit; a temperature or chunk size that is not
+            positive; both `mask` and `grad_weights`; an unknown implementation.
+        NotImplementedError: `"dense"` with `vocab_axis`.
+
+    Source: the chunked cross-entropy of Wijmans et al. (2024), "Cut Your Losses in
+    Large-Vocabulary Language Models", and of Liger-Kernel (2024), which forms gradients
+    in the forward pass; here per token, for any cotangent.
+    """
+    head = as_head(head)
+    _check(hidden, head, targets, mask, grad_weights, chunk_size, temperature)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)} or None, got "
+            f"{implementation!r}."
+        )
+    if mask is None and grad_weights is not None:
+        mask = grad_weights.astype(bool)
+    if implementation == "dense":
+        if vocab_axis is not None:
+            raise NotImplementedError(
+                "implementation='dense' holds whole rows of logits; use 'chunked' with "
+                f"vocab_axis={vocab_axis!r}."
+            )
+        return _dense(hidden, head, targets, mask, temperature, with_entropy, with_top1)
+    dtype = compute_dtype(hidden, head.weight)
+    if chunk_size is None:
+        chunk_size = default_chunk_size(head.weight.shape[1], dtype.itemsize)
+    layout = plan_layout(targets.shape, chunk_size)
+    settings = Settings(
+        layout.columns,
+        dtype,
+        head.scale,
+        head.softcap,
+        float(temperature),
+        with_entropy,
+        with_top1,
+        vocab_axis,
+    )
+    return _chunked(settings, layout, hidden, head, targets, mask, grad_weights)
+
+
+def _chunked(settings, layout: Layout, hidden, head, targets, mask, grad_weights):
+    """Bring scored tokens to the front of their rows, sweep, put results back."""
+    trips, back = layout.chunks, None
+    hidden, targets = layout.arrange(hidden), layout.arrange(targets)
+    if grad_weights is not None:
+        weights = lax.stop_gradient(grad_weights).astype(settings.dtype)
+        grad_weights = layout.arrange(weights)
+    if mask is not None:
+        mask = layout.arrange(mask)
+        order = jnp.argsort(~mask, axis=1, stable=True)
+        back = jnp.argsort(order, axis=1)
+        mask = gather_columns(mask, order)
+        targets = gather_columns(targets, order)
+        hidden = gather_columns(hidden, order)
+        hidden = jnp.where(mask[..., None], hidden, jnp.zeros((), hidden.dtype))
+        if grad_weights is not None:
+            grad_weights = gather_columns(grad_weights, order)
+        scored = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
+        trips = (scored + (layout.columns - 1)) // layout.columns
+    inputs = Inputs(hidden, head.weight, head.bias, targets, grad_weights, trips)
+    found = _sweep(settings, _vary_together(settings, inputs))
+
+    def finish(x):
+        if x is None:
+            return None
+        if mask is not None:
+            x = gather_columns(jnp.where(mask, x, jnp.zeros((), x.dtype)), back)
+        return layout.restore(x)
+
+    return TokenStats(*(finish(x) for x in found))
+
+
+def _vary_together(settings: Settings, inputs: Inputs) -> Inputs:
+    """Let each differentiated input vary over all axes that any input varies over.
+
+    Under a checked `shard_map`, JAX then sums each gradient over the axes that its
+    input lacked.
+    """
+    axes = frozenset().union(*(varying_axes(x) for x in jax.tree.leaves(inputs)))
+    if not axes:
+        return inputs
+    return inputs._replace(
+        hidden=vary_over(inputs.hidden, axes),
+        weight=vary_over(inputs.weight, axes),
+        bias=None if inputs.bias is None else vary_over(inputs.bias, axes),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sweep(settings: Settings, inputs: Inputs):
+    stats, _ = forward_sweep(settings, inputs, with_grads=False)
+    return stats.logps, stats.entropy, stats.top1
+
+
+def _sweep_fwd(settings, inputs):
+    with_grads = inputs.grad_weights is not None
+    stats, grads = forward_sweep(settings, inputs, with_grads=with_grads)
+    return (stats.logps, stats.entropy, stats.top1), (inputs, stats, grads)
+
+
+def _sweep_bwd(settings, saved, cotangents):
+    inputs, stats, grads = saved
+    logps_bar, entropy_bar, _ = cotangents
+    if settings.vocab_axis is not None and not varying_axes(inputs.hidden):
+        # An unchecked shard_map: a sum over devices is transposed to a sum.
+        logps_bar, entropy_bar = lax.psum((logps_bar, entropy_bar), settings.vocab_axis)
+    if grads is None:
+        start, trips = zero_grads(settings, inputs), inputs.trips
+    else:
+        start, trips = _scale_if_foreseen(inputs, grads, logps_bar, entropy_bar)
+    bars = gradient_sweep(settings, inputs, stats, logps_bar, entropy_bar, start, trips)
+    bars = jax.tree.map(
+        lambda bar, x: bar.astype(x.dtype),
+        bars,
+        Grads(inputs.hidden, inputs.weight, inputs.bias),
+    )
+    return (
+        Inputs(
+            bars.hidden,
+            bars.weight,
+            bars.bias,
+            np.zeros(inputs.targets.shape, jax.dtypes.float0),  # type: ignore[arg-type]
+            jax.tree.map(jnp.zeros_like, inputs.grad_weights),
+            np.zeros((), jax.dtypes.float0),  # type: ignore[arg-type]
+        ),
+    )
+
+
+_sweep.defvjp(_sweep_fwd, _sweep_bwd)
+
+
+def _scale_if_foreseen(inputs, grads, logps_bar, entropy_bar):
+    """The forward pass's gradients, scaled, and no chunk to walk, if the cotangent is
+    `c * grad_weights` up to rounding; otherwise zeros and every chunk."""
+    weights = inputs.grad_weights
+    largest = jnp.argmax(jnp.abs(weights))
+    top = weights.reshape(-1)[largest]
+    factor = jnp.where(top != 0, logps_bar.reshape(-1)[largest] / top, 0)
+    expected = factor * weights
+    slack = 8 * jnp.finfo(weights.dtype).eps * jnp.abs(expected)
+    # Tokens of weight zero were not scored: nothing is to be had from theirs.
+    foreseen = jnp.all((weights == 0) | (jnp.abs(logps_bar - expected) <= slack))
+    if entropy_bar is not None:
+        foreseen &= jnp.all((weights == 0) | (entropy_bar == 0))
+    start = jax.tree.map(lambda x: jnp.where(foreseen, factor * x, 0), grads)
+    return start, jnp.where(foreseen, 0, inputs.trips)
+
+
+def _dense(hidden, head, targets, mask, temperature, with_entropy, with_top1):
+    """The plain reference, with the logits in memory."""
+    if mask is not None:
+        hidden = jnp.where(mask[..., None], hidden, jnp.zeros((), hidden.dtype))
+    scores = logits(hidden, head) / temperature
+    inside = (targets >= 0) & (targets < scores.shape[-1])
+    logps = token_logps(scores, jnp.where(inside, targets, 0))
+    logps = jnp.where(inside, logps, jnp.nan)
+    hits = jnp.argmax(scores, axis=-1).astype(targets.dtype) == targets
+    stats = TokenStats(
+        logps,
+        entropy(scores) if with_entropy else None,
+        hits.astype(scores.dtype) if with_top1 else None,
+    )
+    if mask is None:
+        return stats
+    return jax.tree.map(lambda x: jnp.where(mask, x, jnp.zeros((), x.dtype)), stats)
+
+
+def _check(hidden, head, targets, mask, grad_weights, chunk_size, temperature):
+    check_widths(hidden, head)
+    if hidden.ndim < 2 or targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            "targets must be [B, T] for hidden [B, T, D], got "
+            f"{targets.shape} and {hidden.shape}."
+        )
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(f"targets must be integers, got dtype {targets.dtype}.")
+    if mask is not None and grad_weights is not None:
+        raise ValueError(
+            "give mask or grad_weights, not both: tokens of weight zero are masked."
+        )
+    if mask is not None and mask.dtype != jnp.bool_:
+        raise ValueError(f"mask must be boolean, got dtype {mask.dtype}.")
+    for name, x in (("mask", mask), ("grad_weights", grad_weights)):
+        if x is not None and x.shape != targets.shape:
+            raise ValueError(
+                f"{name} must have the shape of targets {targets.shape}, got {x.shape}."
+            )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}.")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}.")
