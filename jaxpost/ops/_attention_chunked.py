@@ -1,0 +1,340 @@
+"""Attention block by block with an online softmax, and its own backward pass.
+
+Memory is linear in length: the forward pass keeps outputs and log-sum-exps, the
+backward pass recomputes one block of scores at a time (Dao et al. 2022,
+"FlashAttention", algorithms 1 and 4). Which key blocks a query block may see is data
+(positions and segments are traced), so the inner loop has bounds found at run time:
+causality, windows, packing and padding skip work without a promise from the caller.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# 128 x 128 was the fastest on CPU (a block of scores stays in cache).
+_BLOCK_CPU = 128
+_BLOCK_ACCELERATOR = 512
+_FAR = 2**30
+_LOWEST = -1e30  # finite, so that a difference of two is 0 and not NaN
+
+
+def allowed_pairs(
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    query_segments: jax.Array | None,
+    key_segments: jax.Array | None,
+    window: int | jax.Array | None,
+) -> jax.Array:
+    """Which keys each query sees: bool `[B, T, S]` of `[B, T]` and `[B, S]`."""
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    allowed = distance >= 0
+    if window is not None:
+        allowed &= distance < window
+    if query_segments is not None:
+        allowed &= (query_segments != 0)[:, :, None]
+    if key_segments is not None:
+        allowed &= (key_segments != 0)[:, None, :]
+    if query_segments is not None and key_segments is not None:
+        allowed &= query_segments[:, :, None] == key_segments[:, None, :]
+    return allowed
+
+
+def poison_keys(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Move what is not finite from values into keys.
+
+    A masked weight of exactly 0 times a NaN value is NaN, but a NaN score is dropped
+    by the mask; so exactly the queries that may see the value become NaN.
+    """
+    finite = jnp.isfinite(value)
+    whole = jnp.all(finite, axis=-1, keepdims=True)
+    nan = jnp.full_like(key, jnp.nan)
+    return jnp.where(whole, key, nan), jnp.where(finite, value, jnp.zeros_like(value))
+
+
+class _Layout(NamedTuple):
+    """Static numbers of one call: blocks, heads, and the score function."""
+
+    query_blocks: int
+    key_blocks: int
+    heads: int
+    kv_heads: int
+    softcap: float | None
+    scale: float
+
+
+def chunked_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: tuple,
+    *,
+    softcap: float | None,
+    scale: float,
+    block: int | None = None,
+) -> jax.Array:
+    """See `attention`; `mask` is the tuple of arguments of `allowed_pairs`."""
+    if block is None:
+        on_cpu = jax.default_backend() == "cpu"
+        block = _BLOCK_CPU if on_cpu else _BLOCK_ACCELERATOR
+    length, keys = query.shape[1], key.shape[1]
+    query_blocks, key_blocks = -(-length // block), -(-keys // block)
+    pad_queries = -length % query_blocks
+    pad_keys = -keys % key_blocks
+    query_positions, key_positions, query_segments, key_segments, window = mask
+    if query_segments is None:
+        query_segments = jnp.ones_like(query_positions)
+    mask = (
+        _pad(query_positions, pad_queries),
+        _pad(key_positions, pad_keys, _FAR),
+        _pad(query_segments, pad_queries),
+        None if key_segments is None else _pad(key_segments, pad_keys),
+        None if window is None else jnp.asarray(window, jnp.int32),
+    )
+    layout = _Layout(
+        query_blocks, key_blocks, query.shape[2], key.shape[2], softcap, scale
+    )
+    mixed = _blockwise(
+        layout,
+        _pad(query, pad_queries),
+        _pad(key, pad_keys),
+        _pad(value, pad_keys),
+        mask,
+    )
+    return mixed[:, :length]
+
+
+def _pad(x: jax.Array, count: int, fill: int = 0) -> jax.Array:
+    if count == 0:
+        return x
+    widths = [(0, 0), (0, count)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths, constant_values=fill)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(layout, query, key, value, mask):
+    return _forward(layout, query, key, value, mask)[0]
+
+
+def _forward(layout, query, key, value, mask):
+    queries = _query_blocks(query, layout)
+    poisoned, clean = poison_keys(key, value)
+    keys, values = _key_blocks(poisoned, layout), _key_blocks(clean, layout)
+    blocks = _mask_blocks(mask, layout)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    size, width = queries.shape[3], queries.shape[4]
+    rows = (*queries.shape[1:3], size)  # [B, K, G * block]
+
+    def query_step(_, inputs):
+        number, block_query, low, high = inputs
+
+        def key_step(j, carry):
+            peak, total, mixed = carry
+            scores, _ = _scores(block_query, keys[j], layout)
+            seen = _pairs(blocks, number, j, size)
+            scores = jnp.where(seen, scores, _LOWEST)
+            new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
+            weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0.0)
+            shrink = jnp.exp(peak - new_peak)
+            update = _dot(weights.astype(query.dtype), values[j], "bkts,bksh->bkth")
+            total = total * shrink + jnp.sum(weights, axis=-1)
+            return new_peak, total, mixed * shrink[..., None] + update
+
+        start = (
+            jnp.full(rows, _LOWEST, wide),
+            jnp.zeros(rows, wide),
+            jnp.zeros((*rows, width), wide),
+        )
+        peak, total, mixed = jax.lax.fori_loop(low, high, key_step, start)
+        empty = total == 0
+        safe = jnp.where(empty, 1.0, total)
+        lse = jnp.where(empty, jnp.inf, peak + jnp.log(safe))
+        return None, ((mixed / safe[..., None]).astype(query.dtype), lse)
+
+    numbers = jnp.arange(layout.query_blocks, dtype=jnp.int32)
+    low, high = _key_bounds(blocks)
+    _, (mixed, lse) = jax.lax.scan(query_step, None, (numbers, queries, low, high))
+    mixed = _from_query_blocks(mixed, layout)
+    return mixed, (query, key, value, mask, mixed, lse)
+
+
+def _backward(layout, residuals, gradient):
+    query, key, value, mask, mixed, lse = residuals
+    query_positions, key_positions, query_segments, key_segments, window = mask
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    # Rows that nothing depends on take no part: neither their NaNs nor their blocks.
+    active = jnp.any(gradient != 0, axis=(2, 3))
+    query_segments = jnp.where(active, query_segments, 0)
+    mask = (query_positions, key_positions, query_segments, key_segments, window)
+    delta = jnp.sum(gradient.astype(wide) * mixed.astype(wide), axis=-1, keepdims=True)
+    queries = _query_blocks(_finite(query), layout)
+    deltas = _query_blocks(delta, layout)
+    gradients = _query_blocks(gradient, layout)
+    seeing = lse[..., None] != jnp.inf
+    gradients = jnp.where(seeing, gradients, jnp.zeros_like(gradients))
+    keys, values = (_key_blocks(_finite(x), layout) for x in (key, value))
+    blocks = _mask_blocks(mask, layout)
+    size = queries.shape[3]
+
+    def query_step(carry, inputs):
+        number, block_query, block_gradient, block_delta, block_lse, low, high = inputs
+
+        def key_step(j, carry):
+            d_query, d_keys, d_values = carry
+            scores, slope = _scores(block_query, keys[j], layout)
+            seen = _pairs(blocks, number, j, size)
+            weights = jnp.where(seen, jnp.exp(scores - block_lse[..., None]), 0.0)
+            d_weights = _dot(block_gradient, values[j], "bkth,bksh->bkts")
+            d_scores = weights * (d_weights - block_delta)
+            if slope is not None:
+                d_scores = d_scores * slope
+            # Masked again: a row that saw NaN has a NaN delta in masked places too.
+            d_scores = jnp.where(seen, d_scores, 0.0).astype(query.dtype)
+            weights = weights.astype(query.dtype)
+            d_query = d_query + _dot(d_scores, keys[j], "bkts,bksh->bkth")
+            d_key = _dot(d_scores, block_query, "bkts,bkth->bksh")
+            d_value = _dot(weights, block_gradient, "bkts,bkth->bksh")
+            return d_query, d_keys.at[j].add(d_key), d_values.at[j].add(d_value)
+
+        start = (jnp.zeros(block_query.shape, wide), *carry)
+        d_query, *carry = jax.lax.fori_loop(low, high, key_step, start)
+        return tuple(carry), d_query
+
+    numbers = jnp.arange(layout.query_blocks, dtype=jnp.int32)
+    zeros = (jnp.zeros(keys.shape, wide), jnp.zeros(values.shape, wide))
+    inputs = (numbers, queries, gradients, deltas, lse, *_key_bounds(blocks))
+    (d_keys, d_values), d_queries = jax.lax.scan(query_step, zeros, inputs)
+    d_query = layout.scale * _from_query_blocks(d_queries, layout)
+    d_key = layout.scale * _from_key_blocks(d_keys)
+    return (
+        d_query.astype(query.dtype),
+        d_key.astype(key.dtype),
+        _from_key_blocks(d_values).astype(value.dtype),
+        None,
+    )
+
+
+_blockwise.defvjp(_forward, _backward)
+
+
+def _dot(left: jax.Array, right: jax.Array, letters: str) -> jax.Array:
+    wide = jnp.promote_types(left.dtype, jnp.float32)
+    return jnp.einsum(letters, left, right, preferred_element_type=wide)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+
+
+def _scores(query, key, layout):
+    """Scores of one block, float32 or wider, and the slope of their cap if any."""
+    scores = layout.scale * _dot(query, key, "bkth,bksh->bkts")
+    if layout.softcap is None:
+        return scores, None
+    ratio = jnp.tanh(scores / layout.softcap)
+    return layout.softcap * ratio, 1.0 - jnp.square(ratio)
+
+
+class _MaskBlocks(NamedTuple):
+    """What `allowed_pairs` needs, by block: `[blocks, B, block]`, and the window."""
+
+    query_positions: jax.Array
+    key_positions: jax.Array
+    query_segments: jax.Array
+    key_segments: jax.Array | None
+    window: jax.Array | None
+
+
+def _mask_blocks(mask, layout) -> _MaskBlocks:
+    def split(x, count):
+        return x.reshape(x.shape[0], count, -1).swapaxes(0, 1)
+
+    query_positions, key_positions, query_segments, key_segments, window = mask
+    return _MaskBlocks(
+        split(query_positions, layout.query_blocks),
+        split(key_positions, layout.key_blocks),
+        split(query_segments, layout.query_blocks),
+        None if key_segments is None else split(key_segments, layout.key_blocks),
+        window,
+    )
+
+
+def _pairs(blocks: _MaskBlocks, i, j, size: int) -> jax.Array:
+    """Allowed pairs of query block `i` and key block `j`, `[B, 1, size, block]`."""
+    segments = None if blocks.key_segments is None else blocks.key_segments[j]
+    allowed = allowed_pairs(
+        blocks.query_positions[i],
+        blocks.key_positions[j],
+        blocks.query_segments[i],
+        segments,
+        blocks.window,
+    )
+    groups = size // allowed.shape[1]  # heads that share a key, stacked along queries
+    return jnp.tile(allowed, (1, groups, 1))[:, None]
+
+
+def _key_bounds(blocks: _MaskBlocks) -> tuple[jax.Array, jax.Array]:
+    """First and one past the last key block that each query block may see, `[Q]`.
+
+    Blocks are compared by extremes, so the bounds may be too wide, never too narrow.
+    """
+    valid_query = blocks.query_segments != 0
+    first_query, last_query = _extremes(blocks.query_positions, valid_query)
+    if blocks.key_segments is None:
+        valid_key = jnp.ones_like(blocks.key_positions, bool)
+    else:
+        valid_key = blocks.key_segments != 0
+    first_key, last_key = _extremes(blocks.key_positions, valid_key)
+    touch = last_query[:, None] >= first_key[None, :]  # [Q, S, B]
+    if blocks.window is not None:
+        touch &= first_query[:, None] - last_key[None, :] < blocks.window
+    if blocks.key_segments is not None:
+        low_query, high_query = _extremes(blocks.query_segments, valid_query)
+        low_key, high_key = _extremes(blocks.key_segments, valid_key)
+        touch &= high_query[:, None] >= low_key[None, :]
+        touch &= high_key[None, :] >= low_query[:, None]
+    touch &= jnp.any(valid_query, axis=2)[:, None] & jnp.any(valid_key, axis=2)[None]
+    some = jnp.any(touch, axis=2)
+    count = some.shape[1]
+    low = jnp.argmax(some, axis=1).astype(jnp.int32)
+    high = count - jnp.argmax(some[:, ::-1], axis=1).astype(jnp.int32)
+    return low, jnp.where(jnp.any(some, axis=1), high, low)
+
+
+def _extremes(x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    low = jnp.min(jnp.where(valid, x, _FAR), axis=-1)
+    return low, jnp.max(jnp.where(valid, x, -_FAR), axis=-1)
+
+
+def _query_blocks(x: jax.Array, layout: _Layout) -> jax.Array:
+    """`[B, T, N, H] -> [Q, B, K, G * block, H]`: heads that share a key side by side."""
+    batch, length, heads, width = x.shape
+    blocks, kv_heads = layout.query_blocks, layout.kv_heads
+    groups, block = heads // kv_heads, length // blocks
+    x = x.reshape(batch, blocks, block, kv_heads, groups, width)
+    x = x.transpose(1, 0, 3, 4, 2, 5)
+    return x.reshape(blocks, batch, kv_heads, groups * block, width)
+
+
+def _from_query_blocks(x: jax.Array, layout: _Layout) -> jax.Array:
+    """`[Q, B, K, G * block, H] -> [B, T, N, H]`."""
+    blocks, batch, kv_heads, _, width = x.shape
+    groups = layout.heads // kv_heads
+    x = x.reshape(blocks, batch, kv_heads, groups, -1, width)
+    x = x.transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(batch, -1, layout.heads, width)
+
+
+def _key_blocks(x: jax.Array, layout: _Layout) -> jax.Array:
+    """`[B, S, K, H] -> [blocks, B, K, block, H]`."""
+    batch, length, heads, width = x.shape
+    x = x.reshape(batch, layout.key_blocks, -1, heads, width)
+    return x.transpose(1, 0, 3, 2, 4)
+
+
+def _from_key_blocks(x: jax.Array) -> jax.Array:
+    """`[blocks, B, K, block, H] -> [B, S, K, H]`."""
+    blocks, batch, heads, block, width = x.shape
+    x = x.transpose(1, 0, 3, 2, 4)
+    return x.reshape(batch, blocks * block, heads, width)
