@@ -33,6 +33,7 @@ from jaxpost.weights._special import SpecialIds, generation_fields
 
 REPORT_NAME = "export_report.json"
 MAX_SHARD_BYTES = 5_000_000_000
+_BLOCK_BYTES = 8 * 2**20
 # Files that an export may hold; a folder with any other is not replaced.
 _OURS = {
     *("config.json", "generation_config.json", "README.md", REPORT_NAME),
@@ -156,21 +157,26 @@ def plan_tensors(
 def _blocks(
     tensor: FileTensor, params: Params, dtype: np.dtype | None, check_finite: bool
 ) -> Iterator[np.ndarray]:
-    """The pieces of a file tensor, in order, each `[rows, columns]` or `[rows]`."""
+    """A file tensor's rows in order, a few megabytes at a time."""
     for piece in tensor.pieces:
         leaf = leaf_at(params, piece.path)
         if tensor.layer is not None:
             leaf = _layer(leaf, tensor.layer)
-        values = np.asarray(leaf)
-        if dtype is not None and values.dtype != dtype:
-            with np.errstate(over="ignore", invalid="ignore"):  # checked just below
-                values = values.astype(dtype)
-        if check_finite and not is_finite(values):
-            raise WeightsError(
-                f"parameter {'/'.join(piece.path)} is not finite as {values.dtype} "
-                f"({tensor.name}); pass check_finite=False to store it all the same."
-            )
-        yield _to_file_layout(piece, values)
+        matrix = _as_rows(piece, np.asarray(leaf))
+        step = max(1, _BLOCK_BYTES // (piece.columns * matrix.dtype.itemsize))
+        for start in range(0, piece.rows, step):
+            block = matrix[start : start + step]
+            if dtype is not None and block.dtype != dtype:
+                with np.errstate(over="ignore", invalid="ignore"):  # checked below
+                    block = block.astype(dtype)
+            block = np.ascontiguousarray(block)
+            if check_finite and not is_finite(block):
+                raise WeightsError(
+                    f"parameter {'/'.join(piece.path)} is not finite as {block.dtype} "
+                    f"({tensor.name}); pass check_finite=False to store it all the "
+                    "same."
+                )
+            yield block
 
 
 def _layer(leaf: Any, layer: int) -> Any:
@@ -180,12 +186,13 @@ def _layer(leaf: Any, layer: int) -> Any:
     return leaf[layer]
 
 
-def _to_file_layout(piece: Piece, values: np.ndarray) -> np.ndarray:
+def _as_rows(piece: Piece, values: np.ndarray) -> np.ndarray:
+    """A view `[rows, columns]`, or `[rows]` of a vector, as the file has it."""
     if not piece.in_shape:
         return values.reshape(piece.rows)
     if not piece.transposed:
         return values.reshape(piece.rows, piece.columns)
-    return np.ascontiguousarray(values.reshape(piece.columns, piece.rows).T)
+    return values.reshape(piece.columns, piece.rows).T
 
 
 def _write_weights(

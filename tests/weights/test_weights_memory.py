@@ -42,7 +42,8 @@ def growth(action):
 small, large, out = sys.argv[1:]
 tiny = weights.load(small, dtype="float32")  # imports and compilation come first
 weights.save(tiny, out + "-tiny")
-model, loading = growth(lambda: jax.block_until_ready(weights.load(large, dtype="float32")))
+load = lambda: jax.block_until_ready(weights.load(large, dtype="float32"))
+model, loading = growth(load)
 _, saving = growth(lambda: weights.save(model, out))
 result = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
 print(json.dumps({"result": result, "loading": loading, "saving": saving}))

@@ -1,4 +1,4 @@
-"""One tiny decoder per family, with sizes that are no powers of two or of each other."""
+"""One tiny decoder per family, sizes chosen to divide each other badly."""
 
 import jax
 import jax.numpy as jnp
