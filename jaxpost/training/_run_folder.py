@@ -1,0 +1,217 @@
+"""The run folder: what was run, on what, and what came out, in plain files."""
+
+import datetime
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+
+_PACKAGES = (
+    "jaxpost",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "transformers",
+    "datasets",
+    "grain",
+)
+
+
+class RunFolder:
+    """`runs/<name>/`: writes only on the first process; made by `create_run`.
+
+    Attributes:
+        path: the folder.
+        checkpoints: its folder for checkpoints.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = pathlib.Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self._writes = jax.process_index() == 0
+        self._open: dict[str, Any] = {}
+
+    def log_metrics(self, line: Mapping[str, Any]) -> None:
+        """Appends one line to `metrics.jsonl`; it must have `step`."""
+        self._append("metrics.jsonl", line)
+
+    def log_sample(self, line: Mapping[str, Any]) -> None:
+        """Appends one line to `samples.jsonl`; it must have `step`."""
+        self._append("samples.jsonl", line)
+
+    def truncate(self, step: int) -> None:
+        """Drops lines of steps after `step`, and a line cut off by a crash.
+
+        A run that resumes at `step` writes those again.
+        """
+        if not self._writes:
+            return
+        self.close()
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            file = self.path / name
+            if file.exists():
+                _keep_until(file, step)
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        if "step" not in line:
+            raise ValueError(f"a line of {name} needs a step; got keys {sorted(line)}.")
+        if not self._writes:
+            return
+        if name not in self._open:
+            # Line-buffered: a crash loses no finished line.
+            self._open[name] = (self.path / name).open(
+                "a", buffering=1, encoding="utf-8"
+            )
+        self._open[name].write(json.dumps(_plain(line), ensure_ascii=False) + "\n")
+
+
+def create_run(
+    path: str | os.PathLike,
+    config: Mapping[str, Any],
+    *,
+    seeds: Mapping[str, int] | None = None,
+    data: Mapping[str, Any] | None = None,
+    resume: bool = False,
+) -> RunFolder:
+    """Makes the folder with `config.yaml` and `environment.json`.
+
+    Args:
+        path: the folder, such as `runs/sft-gsm8k`.
+        config: the resolved configuration, plain values.
+        seeds: by what they seed.
+        data: fingerprints by data set.
+        resume: the folder may exist and go on; its first environment is kept and the
+            present one is appended to `resumes`.
+
+    Raises:
+        FileExistsError: the folder has a run in it and `resume` is False.
+    """
+    import yaml
+
+    run = RunFolder(path)
+    config_file = run.path / "config.yaml"
+    if config_file.exists() and not resume:
+        raise FileExistsError(
+            f"{run.path} already holds a run: choose another name, or resume it."
+        )
+    if jax.process_index() != 0:
+        return run
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+    config_file.write_text(text, encoding="utf-8")
+    now = environment(seeds=seeds, data=data)
+    file = run.path / "environment.json"
+    if file.exists():
+        first = json.loads(file.read_text(encoding="utf-8"))
+        first.setdefault("resumes", []).append(now)
+        now = first
+    file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    return run
+
+
+def environment(
+    *,
+    seeds: Mapping[str, int] | None = None,
+    data: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Versions, commit, devices, flags, seeds and data fingerprints: JSON values."""
+    device = jax.devices()[0]
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git_commit": _commit(),
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+        },
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "seeds": dict(seeds or {}),
+        "data": _plain(data or {}),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, with `+changes`; None outside a checkout."""
+    here = pathlib.Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _keep_until(file: pathlib.Path, step: int) -> None:
+    lines = file.read_bytes().splitlines(keepends=True)
+    kept = []
+    for line in lines:
+        if not line.endswith(b"\n"):
+            break
+        if json.loads(line)["step"] <= step:
+            kept.append(line)
+    if len(kept) == len(lines):
+        return
+    # Replaced in one move: a crash here must not lose the lines that count.
+    short = file.with_suffix(".jsonl.tmp")
+    short.write_bytes(b"".join(kept))
+    short.replace(file)
+
+
+def _plain(value: Any) -> Any:
+    """JSON values; numbers that JSON has not (NaN, infinities) become null."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, bool | str | int) or value is None:
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    raise TypeError(f"cannot write {type(value).__name__} {value!r} as JSON.")
