@@ -13,7 +13,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def main() -> None:
-    args = parse(__doc__, optim={"default": "adamw_torch_fused"}, compile={"type": int, "default": 0})
+    args = parse(
+        __doc__,
+        optim={"default": "adamw_torch_fused"},
+        compile={"type": int, "default": 0},
+    )
     import datasets
     import tokenizers
     import torch
@@ -87,7 +91,7 @@ def main() -> None:
         "TRL SFTTrainer",
         args,
         clock,
-        settings=f"optim={args.optim}, chunked loss, torch_compile={bool(args.compile)}",
+        settings=f"{args.optim}, chunked loss, torch_compile={bool(args.compile)}",
         versions=f"trl {trl.__version__}, torch {torch.__version__}",
         loss=result.training_loss,
     )
