@@ -5,6 +5,14 @@ them with exact masks, packs or pads them, and keeps the order of training. Know
 model and no loss.
 """
 
+from jaxpost.data._arithmetic import (
+    arithmetic_problem,
+    arithmetic_rows,
+    arithmetic_split,
+    arithmetic_text_rows,
+    check_arithmetic,
+    check_arithmetic_work,
+)
 from jaxpost.data._batches import Batches
 from jaxpost.data._check import DataCheck, DataProblem, check_data
 from jaxpost.data._columns import (
@@ -43,12 +51,14 @@ from jaxpost.data._show import (
     view_tokens,
 )
 from jaxpost.data._sources import fingerprint, read_rows
+from jaxpost.data._stdlib import stdlib_fingerprint, stdlib_functions, stdlib_rows
 from jaxpost.data._tokenizer import (
     Tokenizer,
     check_vocab,
     load_tokenizer,
     make_tokenizer,
 )
+from jaxpost.data._train_tokenizer import train_word_tokenizer
 
 __all__ = [
     "BadRow",
@@ -68,6 +78,12 @@ __all__ = [
     "TokenRow",
     "TokenView",
     "Tokenizer",
+    "arithmetic_problem",
+    "arithmetic_rows",
+    "arithmetic_split",
+    "arithmetic_text_rows",
+    "check_arithmetic",
+    "check_arithmetic_work",
     "check_data",
     "check_vocab",
     "encode_pair",
@@ -93,5 +109,9 @@ __all__ = [
     "row_kind",
     "split_preference",
     "stack",
+    "stdlib_fingerprint",
+    "stdlib_functions",
+    "stdlib_rows",
+    "train_word_tokenizer",
     "view_tokens",
 ]

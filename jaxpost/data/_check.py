@@ -38,7 +38,7 @@ _ADVICE = {
         "none needed: the two were tokenised apart, as when generating; ending prompts "
         "without a blank makes the tokens the usual ones"
     ),
-    "duplicates": "remove the copies; they count twice, and may leak into held-out data",
+    "duplicates": "remove the copies: they count twice and may leak to held-out data",
     "special_text": "remove it: it is read as the special token itself",
     "pad_is_eos": (
         "none needed here, where masks come from lengths; trainers that mask by "
@@ -119,6 +119,7 @@ def check_data(
     on_too_long: OnTooLong = "refuse",
     append_eos: bool = True,
     limit: int | None = None,
+    prompt_suffix: str = "",
     keep: int = 2,
 ) -> DataCheck:
     """Looks through a data set as training would read it.
@@ -149,6 +150,7 @@ def check_data(
         on_bad_row="skip",
         report=bad,
         limit=limit,
+        prompt_suffix=prompt_suffix,
     )
     settings: dict[str, Any] = {
         "max_length": max_length,

@@ -111,7 +111,7 @@ def builtin_records(
         split: `train` (also for None) or `test`.
 
     Raises:
-        DataError: no such built-in or option; the message names the nearest.
+        DataError: no such built-in, option (the message names the nearest), or value.
     """
     name, _, query = source.removeprefix(BUILTIN_PREFIX).partition("?")
     if name not in _BUILTINS:
@@ -131,7 +131,10 @@ def builtin_records(
                 f"{source}: no option {option!r}{nearest(option, known_options)}; "
                 f"builtin:{name} takes {', '.join(known_options)}."
             )
-    return function(split or "train", **options)
+    try:
+        return function(split or "train", **options)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{source}: {error}") from error
 
 
 def _query_options(source: str, query: str) -> dict[str, Any]:

@@ -280,9 +280,9 @@ def make_tokenizer(
     pad_id = _first(sources, "pad_token_id")
     pad_id = eos_ids[0] if pad_id is None or pad_id < 0 else pad_id
     for key, token in [
+        *(("eos", token) for token in eos_ids),
         ("bos", bos_id),
         ("pad", pad_id),
-        *(("eos", t) for t in eos_ids),
     ]:
         if token is not None and backend.id_to_token(token) is None:
             raise ValueError(
