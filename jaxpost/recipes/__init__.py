@@ -1,0 +1,63 @@
+"""One page per method: a config schema, and the wiring of the rooms below.
+
+Recipes are chosen by the config's `recipe` key and imported only then.
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from jaxpost.recipes._config import (
+    ConfigError,
+    from_mapping,
+    read_yaml,
+    to_mapping,
+    with_flags,
+)
+
+RECIPES = {"sft": ("jaxpost.recipes.sft", "SFTConfig")}
+
+__all__ = [
+    "RECIPES",
+    "ConfigError",
+    "check_data",
+    "load_config",
+    "run",
+    "to_mapping",
+]
+
+
+def load_config(path: str | None, flags: Sequence[str] = (), *, prog: str) -> Any:
+    """The recipe's config in a YAML file, with flags applied.
+
+    Args:
+        path: the file; None takes the defaults of fine-tuning (for `--help`).
+        flags: `--section.key value` words.
+        prog: how the program was called, for its help.
+
+    Raises:
+        ConfigError: the file, its recipe, a key or a value is wrong.
+    """
+    values = {} if path is None else read_yaml(path)
+    name = values.get("recipe", "sft")
+    if name not in RECIPES:
+        raise ConfigError(
+            f"{path}: no recipe {name!r}; there are {', '.join(sorted(RECIPES))}."
+        )
+    module, schema = RECIPES[name]
+    config_type = getattr(importlib.import_module(module), schema)
+    config = from_mapping(config_type, values, where=str(path))
+    return with_flags(config, flags, prog=prog)
+
+
+def run(config: Any, *, resume: bool = False) -> Any:
+    """Runs the recipe that `config` is for; returns what the recipe returns."""
+    module, _ = RECIPES[config.recipe]
+    return importlib.import_module(module).run(config, resume=resume)
+
+
+def check_data(config: Any) -> int:
+    """Prints tokens and problems of a config's rows; the number of errors."""
+    from jaxpost.recipes._check_data import print_check
+
+    return print_check(config)

@@ -1,0 +1,31 @@
+"""Prints what `data.check_data` finds in the rows of a config: `jaxpost data check`."""
+
+from typing import Any
+
+from jaxpost import data
+from jaxpost.recipes import _setup
+
+
+def print_check(config: Any) -> int:
+    """Prints tokens with mask, label and segment, and the list of problems.
+
+    Args:
+        config: a recipe's config with model and data sections.
+
+    Returns:
+        How many kinds of problem are errors, over training and held-out rows.
+    """
+    import rich.console
+
+    console = rich.console.Console()
+    tokenizer = _setup.open_tokenizer(config.model, config.data)
+    errors = 0
+    for of_eval in (False, True) if config.data.eval else (False,):
+        reading = _setup.reading(config.data, of_eval=of_eval)
+        reading.pop("on_bad_row")  # the doctor counts all of them
+        check = data.check_data(
+            tokenizer=tokenizer, **reading, **_setup.encoding(config.data)
+        )
+        console.print(data.render_check(check, tokenizer))
+        errors += sum(problem.severity == "error" for problem in check.problems)
+    return errors

@@ -1,0 +1,213 @@
+"""One training run from its config: folder, data, model, optimizer, loop.
+
+Every recipe opens a run, makes its own loss function and hands both to `Run.train`.
+"""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxpost import data, models, training
+from jaxpost.recipes import _setup
+from jaxpost.recipes._config import ConfigError, to_mapping
+from jaxpost.typing import LossFn
+
+SHOWN_TOKENS = 160
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a recipe needs besides its loss.
+
+    Fields:
+        config: the recipe's config; has the shared sections.
+        folder: where everything is written.
+        tokenizer, examples: of the data section.
+        model: with its first parameters.
+        tx, schedule: the optimizer and its learning rate by steps taken.
+        compute_dtype: to cast parameters to in the loss; None leaves them alone.
+        batches: the training batches with their cursor.
+        eval_rows: held-out token rows; empty if there are none.
+        total_steps: optimizer steps of the whole run.
+        lengths: how many row lengths there are, each a compiled program.
+        resume: go on from the last complete checkpoint.
+    """
+
+    config: Any
+    folder: training.RunFolder
+    tokenizer: data.Tokenizer
+    examples: _setup.Examples
+    model: models.Model
+    tx: optax.GradientTransformation
+    schedule: Any
+    compute_dtype: jnp.dtype | None
+    batches: data.Batches
+    eval_rows: list[data.TokenRow]
+    total_steps: int
+    lengths: int
+    resume: bool
+
+    def train(
+        self, step: Callable, loss_fn: LossFn, *, method_state: Any = None
+    ) -> training.TrainState:
+        """Runs the loop: evaluation, checkpoints, logs, trackers.
+
+        Args:
+            step: from `training.make_train_step`.
+            loss_fn: evaluated on the held-out rows.
+            method_state: the method's memory before the first step.
+
+        Returns:
+            The state after the last step.
+        """
+        section = self.config.train
+        state = training.init_state(
+            self.model.params,
+            self.tx,
+            jax.random.key(self.config.seed),
+            method_state=method_state,
+            ema=section.ema_decay is not None,
+        )
+        trackers = [
+            training.make_tracker(
+                name, self.folder.path, config=to_mapping(self.config)
+            )
+            for name in section.trackers
+        ]
+        saved = training.Checkpoints(
+            self.folder.checkpoints, keep_last=section.keep_last
+        )
+        with saved as checkpoints:
+            return training.train(
+                training.compile_step(step, max_traces=self.lengths),
+                state,
+                self.batches,
+                total_steps=self.total_steps,
+                schedule=self.schedule,
+                eval_fn=self._eval_fn(loss_fn),
+                eval_every=section.eval_every or None,
+                save_every=section.save_every or None,
+                log_every=section.log_every,
+                checkpoints=checkpoints,
+                resume=self.resume,
+                run=self.folder,
+                callbacks=trackers,
+                performance=training.Performance(
+                    flops_per_token=6.0 * self.model.param_count()
+                ),
+                title=self.config.name,
+            )
+
+    def _eval_fn(self, loss_fn: LossFn) -> Any:
+        if not self.eval_rows:
+            return None
+        size = min(self.config.train.batch_size, len(self.eval_rows))
+
+        def batches() -> data.Batches:
+            return data.Batches(
+                self.eval_rows, size, shuffle=False, drop_remainder=False, epochs=1
+            )
+
+        return training.make_eval_fn(loss_fn, batches)
+
+
+@contextlib.contextmanager
+def open_run(config: Any, *, resume: bool = False) -> Iterator[Run]:
+    """Opens everything a config names, and writes the head of the run folder.
+
+    Args:
+        config: a recipe's config with the shared sections.
+        resume: the run folder may exist and is gone on with.
+
+    Raises:
+        ConfigError: `resume` without a run, or settings that do not fit the data.
+    """
+    path = pathlib.Path(config.run_root) / config.name
+    if resume and not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path} holds no run to resume; leave out --resume.")
+    if not resume and (path / "config.yaml").is_file():
+        raise ConfigError(
+            f"{path} already holds a run: go on with it (--resume), or choose another "
+            "name (--name NAME)."
+        )
+    key_model = jax.random.fold_in(jax.random.key(config.seed), 1)
+    tokenizer = _setup.open_tokenizer(config.model, config.data)
+    model = _setup.open_model(config.model, tokenizer, key_model)
+    if config.data.max_length > model.config.max_positions:
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}, but the model has "
+            f"{model.config.max_positions} positions; lower it."
+        )
+    examples = _setup.open_examples(config.data, tokenizer)
+    rows = _setup.token_rows(examples.train, config.data, tokenizer)
+    batches = data.Batches(rows, config.train.batch_size, seed=config.seed)
+    total_steps = config.train.steps or max(
+        1, math.floor(config.train.epochs * batches.batches_per_epoch)
+    )
+    tx, schedule = training.build_optimizer(config.optimizer, total_steps)
+    dtype = _setup.compute_dtype(config.model)
+    folder = training.create_run(
+        path,
+        to_mapping(config),
+        seeds={"seed": config.seed},
+        data=examples.fingerprints,
+        resume=resume,
+    )
+    _show(config, tokenizer, examples, rows, model)
+    with folder:
+        yield Run(
+            config=config,
+            folder=folder,
+            tokenizer=tokenizer,
+            examples=examples,
+            model=model,
+            tx=tx,
+            schedule=schedule,
+            compute_dtype=None if dtype == jnp.float32 else dtype,
+            batches=batches,
+            eval_rows=_setup.token_rows(examples.eval, config.data, tokenizer)
+            if examples.eval
+            else [],
+            total_steps=total_steps,
+            lengths=len({row["tokens"].shape for row in rows}),
+            resume=resume,
+        )
+
+
+def _show(
+    config: Any,
+    tokenizer: data.Tokenizer,
+    examples: _setup.Examples,
+    rows: list[data.TokenRow],
+    model: models.Model,
+) -> None:
+    """Says what was opened, with one example as the model will see it."""
+    import rich.console
+
+    if jax.process_index() != 0:
+        return
+    console = rich.console.Console()
+    tokens = sum(len(example) for example in examples.train)
+    console.print(
+        f"model: {model.config.family}, {model.param_count():,} parameters; "
+        f"tokenizer: {tokenizer.vocab_size:,} ids"
+    )
+    console.print(f"data: {examples.bad_rows.summary()}", highlight=False)
+    console.print(
+        f"train: {len(examples.train):,} examples, {tokens:,} tokens in {len(rows):,} "
+        f"rows ({100 * data.packing_efficiency(rows):.0f}% full); "
+        f"held out: {len(examples.eval):,} examples"
+    )
+    shown = data.render_text(examples.train[0], tokenizer, limit=SHOWN_TOKENS)
+    console.print("first example (green is trained on):", style="dim")
+    console.print(shown)
+    masked = np.mean([example.loss_mask.mean() for example in examples.train])
+    console.print(f"trained on: {100 * masked:.0f}% of an example's tokens on average")

@@ -1,0 +1,178 @@
+"""Completions of prompts by a model in Hugging Face layout: `jaxpost generate`."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxpost import data, generation, weights
+
+
+def run_generate(
+    model: str,
+    *,
+    prompt: Sequence[str] = (),
+    prompts: str | None = None,
+    output: str | None = None,
+    tokenizer: str | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> generation.TextStats:
+    """Completes prompts, to the terminal or to a JSONL file that can be continued.
+
+    Args:
+        model: folder or hub name.
+        prompt: texts.
+        prompts: file of rows with `prompt` (text or messages) or `messages`.
+        output: JSONL file; None prints.
+        tokenizer: folder or hub name, if not `model`.
+        chat: send plain texts through the chat template as a user's turn.
+        max_new_tokens: longest completion, tokens.
+        temperature, top_k, top_p, min_p: see `generation.SamplingConfig`.
+        stop: strings that end a completion.
+        batch_size: prompts decoded together.
+        seed: of the sampler.
+        dtype: of the weights and the cache.
+
+    Returns:
+        Counts and time.
+
+    Raises:
+        ValueError: neither prompts nor a file are given, or a prompt cannot be used.
+    """
+    if not prompt and prompts is None:
+        raise ValueError("give --prompt TEXT or --prompts FILE.")
+    loaded = weights.load(model, dtype=jnp.dtype(dtype))
+    words = data.load_tokenizer(
+        tokenizer or model, vocab_limit=loaded.config.vocab_size
+    )
+    rows = [
+        data.Row({"prompt": text}, "--prompt", number)
+        for number, text in enumerate(prompt, start=1)
+    ]
+    if prompts is not None:
+        rows += list(data.load_rows(prompts))
+    texts = [prompt_text(row, words, chat=chat) for row in rows]
+    rendered = {text for text, from_template in texts if from_template}
+
+    def encode(text: str) -> list[int]:
+        # A chat template writes its own first token; plain text gets the tokenizer's.
+        ids = words.encode(text)
+        bos = words.adds_bos and text not in rendered
+        return [words.bos_id, *ids] if bos and words.bos_id is not None else ids
+
+    config = generation.SamplingConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        stop_ids=words.eos_ids,
+        pad_id=words.pad_id,
+    )
+    common = {
+        "config": config,
+        "key": jax.random.key(seed),
+        "stop_strings": stop,
+        "batch_size": batch_size,
+    }
+    with _Progress(len(rows)) as progress:
+        if output is not None:
+            lines = [
+                {**row.columns, "prompt": text}
+                for row, (text, _) in zip(rows, texts, strict=True)
+            ]
+            stats = generation.write_completions(
+                output,
+                lines,
+                loaded,
+                loaded.params,
+                encode,
+                words.decode,
+                progress=progress,
+                **common,
+            )
+        else:
+            result = generation.generate_text(
+                loaded,
+                loaded.params,
+                encode,
+                words.decode,
+                [text for text, _ in texts],
+                progress=progress,
+                **common,
+            )
+            stats = result.stats
+    if output is None:
+        for (text, _), completion in zip(texts, result.completions, strict=True):
+            progress.console.print(text, style="dim", end="", markup=False)
+            progress.console.print(completion.text, markup=False, highlight=False)
+    progress.console.print(
+        f"{stats.done} of {stats.total} prompts, {stats.new_tokens} new tokens, "
+        f"{stats.tokens_per_s:.0f} tokens/s"
+    )
+    return stats
+
+
+def prompt_text(
+    row: data.Row, tokenizer: data.Tokenizer, *, chat: bool
+) -> tuple[str, bool]:
+    """The text to continue, and whether a chat template wrote it.
+
+    Raises:
+        BadRow: the row has no prompt.
+    """
+    value = row.columns.get("prompt", row.columns.get("messages"))
+    if value is None:
+        value = row.columns.get("text")
+    if value is None:
+        raise row.bad(
+            "wrong_column",
+            f"no prompt among the columns {', '.join(row.columns)}",
+            "name the column prompt, messages or text",
+        )
+    if isinstance(value, str) and not chat:
+        return value, False
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return tokenizer.render(messages, add_generation_prompt=True), True
+
+
+class _Progress:
+    """A bar with prompts done, tokens/s and time left; called with the sums so far."""
+
+    def __init__(self, total: int):
+        import rich.console
+        import rich.progress
+
+        self.console = rich.console.Console()
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("generate"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[rate]}"),
+            rich.progress.TimeRemainingColumn(),
+            console=rich.console.Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task("generate", total=total, rate="")
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, stats: generation.TextStats) -> None:
+        rate = f"{stats.tokens_per_s:.0f} tokens/s"
+        self._bar.update(self._task, completed=stats.done, rate=rate)
