@@ -116,13 +116,7 @@ def train(
         NonFiniteError: a loss term or gradient was not finite; names the step and the
             first such tensor. Nothing is saved then; earlier checkpoints stay.
     """
-    for name, interval in (
-        ("log_every", log_every),
-        ("eval_every", eval_every),
-        ("save_every", save_every),
-    ):
-        if interval is not None and interval < 1:
-            raise ValueError(f"{name} must be at least 1 or None, got {interval}.")
+    _check_intervals(log_every=log_every, eval_every=eval_every, save_every=save_every)
     if not isinstance(step, CompiledStep):
         step = compile_step(step)
     batches = iter(batches)
@@ -141,51 +135,53 @@ def train(
         log_every=log_every,
         run=run,
         checkpoints=checkpoints,
-        callbacks=callbacks if jax.process_index() == 0 else (),
+        callbacks=callbacks,
         performance=performance,
-        progress=make_progress(
-            progress if jax.process_index() == 0 else "none",
-            title=title,
-            start=start,
-            total=total_steps,
-        ),
+        progress=progress,
+        title=title,
     )
-
-    def due(every: int | None, number: int) -> bool:
-        return number == total_steps or (every is not None and number % every == 0)
-
     try:
         if eval_fn is not None and eval_at_start and start == 0:
             loop.evaluate(0, eval_fn, state)
         for number in range(start + 1, total_steps + 1):
-            try:
-                batch = next(batches)
-            except StopIteration:
-                raise ValueError(
-                    f"batches ended after step {number - 1} of {total_steps}: give "
-                    "more data or epochs, or fewer steps."
-                ) from None
-            tokens = count(batch)
-            placed = place(batch) if place is not None else batch
-            state, metrics = step(state, placed)
-            loop.push(number, metrics, tokens, getattr(batches, "epoch", None), state)
-            evaluating = eval_fn is not None and due(eval_every, number)
-            saving = checkpoints is not None and due(save_every, number)
-            if not (evaluating or saving):
-                continue
-            loop.settle(state)  # nothing unchecked is evaluated or saved
-            improved = evaluating and loop.evaluate(number, eval_fn, state)
-            if checkpoints is not None and (saving or improved):
-                loop.save(number, state, batches, host_rng, user)
-        loop.settle(state)
-        loop.flush()
-        if checkpoints is not None:
-            checkpoints.wait()
-        for callback in loop.callbacks:
-            callback.on_end(total_steps)
+            batch = _next(batches, number, total_steps)
+            state, metrics = step(state, batch if place is None else place(batch))
+            epoch = getattr(batches, "epoch", None)
+            loop.push(number, metrics, count(batch), epoch, state)
+            last = number == total_steps
+            loop.milestone(
+                number,
+                state,
+                eval_fn if last or _due(eval_every, number) else None,
+                last or _due(save_every, number),
+                lambda: _aside(batches, host_rng, user),
+            )
+        loop.finish(state)
     finally:
         loop.progress.close()
+        if checkpoints is not None:
+            checkpoints.wait()  # whatever happened, what was begun is finished
     return state
+
+
+def _check_intervals(**intervals: int | None) -> None:
+    for name, interval in intervals.items():
+        if interval is not None and interval < 1:
+            raise ValueError(f"{name} must be at least 1 or None, got {interval}.")
+
+
+def _due(every: int | None, number: int) -> bool:
+    return every is not None and number % every == 0
+
+
+def _next(batches: Iterator[Batch], number: int, total_steps: int) -> Batch:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise ValueError(
+            f"batches ended after step {number - 1} of {total_steps}: give more data "
+            "or epochs, or fewer steps."
+        ) from None
 
 
 class _Loop:
@@ -205,7 +201,9 @@ class _Loop:
         callbacks,
         performance,
         progress,
+        title,
     ):
+        first_process = jax.process_index() == 0
         self.step = step
         self.total_steps = total_steps
         self.start = start
@@ -214,9 +212,14 @@ class _Loop:
         self.log_every = log_every
         self.run = run
         self.checkpoints = checkpoints
-        self.callbacks = callbacks
+        self.callbacks = callbacks if first_process else ()
         self.performance = performance
-        self.progress = progress
+        self.progress = make_progress(
+            progress if first_process else "none",
+            title=title,
+            start=start,
+            total=total_steps,
+        )
         self.best = checkpoints.best_metric() if checkpoints is not None else None
         self.line: dict[str, Any] | None = None  # logged, not yet written
         self.pending = None
@@ -258,28 +261,28 @@ class _Loop:
         now = time.perf_counter()
         compiling = self.step.compile_s - self.compile_s
         spent = max(now - self.window_start - self.idle_s - compiling, 1e-9)
-        step_time = spent / (number - self.window_step)
-        self.line = {"step": number, **values}
+        steps = number - self.window_step
+        tokens_per_s = self.window_tokens / spent
+        line = {"step": number, **values}
         if self.rates is not None:
-            self.line["learning_rate"] = float(self.rates[number - 1 - self.start])
+            line["learning_rate"] = float(self.rates[number - 1 - self.start])
         if epoch is not None:
-            self.line["epoch"] = float(epoch)
-        self.line |= {
-            "num_tokens": self.num_tokens,
-            "tokens/s": self.window_tokens / spent,
-            "step_time": step_time,
-            "compile/traces": self.step.traces,
-            "compile/seconds": self.step.compile_s,
-        }
+            line["epoch"] = float(epoch)
+        line["num_tokens"] = self.num_tokens
+        line["tokens/s"] = tokens_per_s
+        line["step_time"] = spent / steps
+        line["compile/traces"] = self.step.traces
+        line["compile/seconds"] = self.step.compile_s
         if self.performance is not None:
-            self.line.update(self.performance.metrics(self.window_tokens / spent))
+            line.update(self.performance.metrics(tokens_per_s))
             if self.performance.print_line:
-                tokens_per_step = self.window_tokens / (number - self.window_step)
-                self.progress.note(self.performance.line(self.line, tokens_per_step))
+                tokens_per_step = self.window_tokens / steps
+                self.progress.note(self.performance.line(line, tokens_per_step))
+        self.line = line
         self.window_tokens, self.idle_s = 0, 0.0
         self.compile_s = self.step.compile_s
         self.window_start, self.window_step = now, number
-        self.progress.update(number, {**self.line, **self.eval_metrics})
+        self.progress.update(number, {**line, **self.eval_metrics})
 
     def evaluate(self, number, eval_fn, state) -> bool:
         """Evaluates; True if `eval_loss` is the best so far."""
@@ -302,18 +305,42 @@ class _Loop:
             self.best = loss
         return improved
 
-    def save(self, number, state, batches, host_rng, user) -> None:
+    def milestone(self, number, state, eval_fn, saving, aside) -> None:
+        """Evaluates and saves, if this is the step for it.
+
+        Args:
+            number: the step just dispatched.
+            state: the state after it.
+            eval_fn: what to evaluate with now, or None.
+            saving: whether a checkpoint is due; a new best is saved anyhow.
+            aside: gives what goes into the checkpoint beside the state.
+        """
+        saving = saving and self.checkpoints is not None
+        if eval_fn is None and not saving:
+            return
+        self.settle(state)  # nothing unchecked is evaluated or saved
+        improved = eval_fn is not None and self.evaluate(number, eval_fn, state)
+        if self.checkpoints is None or not (saving or improved):
+            return
         start = time.perf_counter()
         self.flush()  # a resumed run expects the lines of every step it skips
+        data, host_rng, user = aside()
         self.checkpoints.save(
             number,
             state,
-            data=batches.state() if hasattr(batches, "state") else None,
+            data=data,
             host_rng=host_rng,
-            user={"num_tokens": self.num_tokens, "user": user() if user else None},
+            user={"num_tokens": self.num_tokens, "user": user},
             metrics=self.eval_metrics if self.eval_step == number else {},
         )
         self.idle_s += time.perf_counter() - start
+
+    def finish(self, state) -> None:
+        """Checks, logs and writes what is left, and tells the callbacks."""
+        self.settle(state)
+        self.flush()
+        for callback in self.callbacks:
+            callback.on_end(self.total_steps)
 
     def flush(self) -> None:
         """Writes the last line; late, so that an evaluation of its step joins it."""
@@ -351,6 +378,12 @@ def _rates(schedule, start: int, total_steps: int) -> np.ndarray | None:
         return None
     counts = jnp.arange(start, total_steps)
     return np.broadcast_to(np.asarray(jax.vmap(schedule)(counts)), counts.shape)
+
+
+def _aside(batches, host_rng, user) -> tuple[Any, np.random.Generator | None, Any]:
+    """What a checkpoint holds beside the state: data's place, generator, user value."""
+    place = batches.state() if hasattr(batches, "state") else None
+    return place, host_rng, user() if user is not None else None
 
 
 def _restore(
