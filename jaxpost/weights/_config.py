@@ -179,7 +179,7 @@ def from_hf_config(
 
 
 def to_hf_config(config: models.DecoderConfig) -> dict[str, Any]:
-    """`config.json` of a decoder, readable by transformers 4 and 5.
+    """`config.json` of a decoder, in the layout of transformers 4 that 5 reads too.
 
     Args:
         config: a decoder of one of the supported families.

@@ -1,7 +1,7 @@
 """Rotary settings of `config.json` to and from `RopeScaling`.
 
 Read in both layouts: `rope_theta` with `rope_scaling` (transformers 4 and before) and
-`rope_parameters` (transformers 5); written in the former, which every version reads.
+`rope_parameters` (transformers 5); written in the former, which version 5 reads too.
 """
 
 from collections.abc import Mapping

@@ -33,7 +33,7 @@ from jaxpost.weights._special import SpecialIds, generation_fields
 
 REPORT_NAME = "export_report.json"
 MAX_SHARD_BYTES = 5_000_000_000
-_BLOCK_BYTES = 8 * 2**20
+_BLOCK_BYTES = 4 * 2**20
 # Files that an export may hold; a folder with any other is not replaced.
 _OURS = {
     *("config.json", "generation_config.json", "README.md", REPORT_NAME),
@@ -163,6 +163,7 @@ def _blocks(
         if tensor.layer is not None:
             leaf = _layer(leaf, tensor.layer)
         matrix = _as_rows(piece, np.asarray(leaf))
+        del leaf
         step = max(1, _BLOCK_BYTES // (piece.columns * matrix.dtype.itemsize))
         for start in range(0, piece.rows, step):
             block = matrix[start : start + step]
@@ -179,11 +180,18 @@ def _blocks(
             yield block
 
 
-def _layer(leaf: Any, layer: int) -> Any:
+def _layer(leaf: Any, layer: int) -> np.ndarray:
     """One layer of a stacked parameter, so that only it is copied to the host."""
-    if isinstance(leaf, jax.Array):
-        return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
-    return leaf[layer]
+    if isinstance(leaf, jax.Array) and not _is_on_host(leaf):
+        leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+        return np.asarray(leaf)
+    return np.asarray(leaf)[layer]
+
+
+def _is_on_host(leaf: jax.Array) -> bool:
+    """Whether NumPy sees the values without a copy."""
+    devices = leaf.devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
 def _as_rows(piece: Piece, values: np.ndarray) -> np.ndarray:
