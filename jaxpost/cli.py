@@ -178,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(_unknown_verb(name))
     verb = VERBS[name]
     if verb.computes:
+        _keep_compiled_programs()
         _use_huge_pages()
     try:
         return verb.run(rest)
@@ -246,6 +247,14 @@ def _take_config(verb: str, arguments: Sequence[str]) -> tuple[str | None, list[
     raise ValueError(
         f"'jaxpost {verb}' needs a config file first: "
         f"jaxpost {verb} configs/sft/arithmetic.yaml [--section.key value ...]"
+    )
+
+
+def _keep_compiled_programs() -> None:
+    """Lets JAX find programs that an earlier run compiled, unless told otherwise."""
+    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    os.environ.setdefault(
+        "JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "jaxpost", "xla")
     )
 
 

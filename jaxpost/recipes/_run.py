@@ -18,6 +18,7 @@ import optax
 from jaxpost import data, models, training
 from jaxpost.recipes import _setup
 from jaxpost.recipes._config import ConfigError, to_mapping
+from jaxpost.recipes._samples import with_samples
 from jaxpost.typing import LossFn
 
 SHOWN_TOKENS = 160
@@ -116,7 +117,15 @@ class Run:
                 self.eval_rows, size, shuffle=False, drop_remainder=False, epochs=1
             )
 
-        return training.make_eval_fn(loss_fn, batches)
+        return with_samples(
+            training.make_eval_fn(loss_fn, batches),
+            self.model,
+            self.tokenizer,
+            self.examples.eval,
+            write=self.folder.log_sample,
+            count=self.config.train.sample_prompts,
+            max_new_tokens=self.config.train.sample_tokens,
+        )
 
 
 @contextlib.contextmanager

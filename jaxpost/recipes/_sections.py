@@ -99,6 +99,9 @@ class TrainSection:
         save_every: Steps between checkpoints; 0 saves at the end only.
         keep_last: Newest checkpoints to keep, besides the best.
         ema_decay: Of an exponential moving average of the weights; none keeps none.
+        sample_prompts: Held-out prompts answered at each evaluation, for
+            `samples.jsonl`; 0 answers none.
+        sample_tokens: Longest such answer, tokens.
         trackers: Where to log besides the run folder.
     """
 
@@ -111,6 +114,8 @@ class TrainSection:
     save_every: int = 0
     keep_last: int = 2
     ema_decay: float | None = None
+    sample_prompts: int = 3
+    sample_tokens: int = 64
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
