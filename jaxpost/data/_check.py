@@ -115,11 +115,11 @@ def check_data(
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
     format: Format = "trl",
+    prompt_suffix: str = "",
     loss_on: LossOn = "auto",
     on_too_long: OnTooLong = "refuse",
     append_eos: bool = True,
     limit: int | None = None,
-    prompt_suffix: str = "",
     keep: int = 2,
 ) -> DataCheck:
     """Looks through a data set as training would read it.
@@ -147,10 +147,10 @@ def check_data(
         split=split,
         columns=columns,
         format=format,
+        prompt_suffix=prompt_suffix,
         on_bad_row="skip",
         report=bad,
         limit=limit,
-        prompt_suffix=prompt_suffix,
     )
     settings: dict[str, Any] = {
         "max_length": max_length,

@@ -49,6 +49,7 @@ def normalize_row(
     *,
     columns: Mapping[str, str] | None = None,
     format: Format = "trl",
+    prompt_suffix: str = "",
 ) -> Row:
     """The row under TRL's column names, with the types of its text columns checked.
 
@@ -60,6 +61,8 @@ def normalize_row(
         format: `"trl"` as is; `"alpaca"` makes `prompt` and `completion` of
             `instruction`, `input` and `output`; `"sharegpt"` makes `messages` (or, with
             `chosen` and `rejected`, a preference) of `conversations`.
+        prompt_suffix: put behind a `prompt` that is a string, such as a line break
+            between question and answer.
 
     Returns:
         A new row; extra columns are kept.
@@ -81,6 +84,8 @@ def normalize_row(
             f"format must be one of {', '.join(known)}, got {format!r}"
             f"{nearest(str(format), known)}."
         )
+    if prompt_suffix and isinstance(values.get("prompt"), str):
+        values["prompt"] += prompt_suffix
     result = dataclasses.replace(row, columns=values)
     for name in TEXT_COLUMNS:
         if name in values:

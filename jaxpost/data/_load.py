@@ -3,7 +3,6 @@
 The three steps in one, with bad rows handled in one place.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -31,10 +30,10 @@ def load_rows(
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
     format: Format = "trl",
+    prompt_suffix: str = "",
     on_bad_row: OnBadRow = "stop",
     report: BadRows | None = None,
     limit: int | None = None,
-    prompt_suffix: str = "",
     line_limit_bytes: int = LINE_LIMIT_BYTES,
 ) -> Iterator[Row]:
     """Rows of a source under TRL's column names.
@@ -42,9 +41,8 @@ def load_rows(
     Args:
         path_or_name: as in `read_rows`; so are `split`, `on_bad_row`, `report` and
             `line_limit_bytes`.
-        columns: as in `normalize_row`; so is `format`.
+        columns: as in `normalize_row`; so are `format` and `prompt_suffix`.
         limit: rows to give at most.
-        prompt_suffix: put behind prompts that are plain text, such as a line end.
 
     Raises:
         BadRow, DataError, FileNotFoundError: as `read_rows` and `normalize_row`.
@@ -61,14 +59,12 @@ def load_rows(
         if limit is not None and given >= limit:
             return
         try:
-            normal = normalize_row(row, columns=columns, format=format)
+            normal = normalize_row(
+                row, columns=columns, format=format, prompt_suffix=prompt_suffix
+            )
         except BadRow as problem:
             handle(problem, on_bad_row, report)
             continue
-        prompt = normal.columns.get("prompt")
-        if prompt_suffix and isinstance(prompt, str):
-            suffixed = {**normal.columns, "prompt": prompt + prompt_suffix}
-            normal = dataclasses.replace(normal, columns=suffixed)
         given += 1
         yield normal
 
@@ -81,13 +77,13 @@ def load_examples(
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
     format: Format = "trl",
+    prompt_suffix: str = "",
     loss_on: LossOn = "auto",
     on_too_long: OnTooLong = "refuse",
     append_eos: bool = True,
     on_bad_row: OnBadRow = "stop",
     report: BadRows | None = None,
     limit: int | None = None,
-    prompt_suffix: str = "",
     line_limit_bytes: int = LINE_LIMIT_BYTES,
 ) -> list[Example]:
     """All examples of a source; arguments as in `load_rows` and `encode_row`.
@@ -114,10 +110,10 @@ def load_examples(
         split=split,
         columns=columns,
         format=format,
+        prompt_suffix=prompt_suffix,
         on_bad_row=on_bad_row,
         report=report,
         limit=limit,
-        prompt_suffix=prompt_suffix,
         line_limit_bytes=line_limit_bytes,
     )
 
@@ -130,12 +126,12 @@ def load_pairs(
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
     format: Format = "trl",
+    prompt_suffix: str = "",
     on_too_long: OnTooLong = "refuse",
     append_eos: bool = True,
     on_bad_row: OnBadRow = "stop",
     report: BadRows | None = None,
     limit: int | None = None,
-    prompt_suffix: str = "",
     line_limit_bytes: int = LINE_LIMIT_BYTES,
 ) -> list[Pair]:
     """All preference pairs of a source; arguments and errors as `load_examples`."""
@@ -155,10 +151,10 @@ def load_pairs(
         split=split,
         columns=columns,
         format=format,
+        prompt_suffix=prompt_suffix,
         on_bad_row=on_bad_row,
         report=report,
         limit=limit,
-        prompt_suffix=prompt_suffix,
         line_limit_bytes=line_limit_bytes,
     )
 
