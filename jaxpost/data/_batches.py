@@ -122,12 +122,11 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     def at(self, step: int) -> dict[str, np.ndarray]:
         """Batch number `step`, from 0, wherever the cursor is."""
-        indices = self._dataset[step][self._slice]
+        indices = self._dataset[step]  # once: grain's shuffle is slow for few rows
         share = self._slice.stop - self._slice.start
-        template = self._rows[int(self._dataset[step][0])]
-        rows = [self._rows[int(index)] for index in indices]
+        rows = [self._rows[int(index)] for index in indices[self._slice]]
         batch = {}
-        for name, first in template.items():
+        for name, first in self._rows[int(indices[0])].items():
             batch[name] = np.zeros((share, *first.shape), first.dtype)
             for place, row in enumerate(rows):
                 batch[name][place] = row[name]

@@ -282,7 +282,7 @@ def _encode_messages(
             "no_stop_token",
             "the chat template ends the assistant's turn without an end-of-sequence "
             f"token, so the model would never stop (ids {list(tokenizer.eos_ids)})",
-            "name the token that ends a turn with --data.eos-token, or choose another "
+            "name the token that ends a turn with --data.eos-tokens, or choose another "
             "--data.chat-template",
         )
     mask = np.zeros(len(ids), bool)

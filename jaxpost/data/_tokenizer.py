@@ -274,7 +274,7 @@ def make_tokenizer(
         raise ValueError(
             f"the tokenizer {name or '(unnamed)'} names no end-of-sequence token, and "
             "neither do generation_config.json and config.json beside it; name one "
-            "with --data.eos-token, or write eos_token_id into generation_config.json."
+            "with --data.eos-tokens, or write eos_token_id into generation_config.json."
         )
     bos_id = _first(sources, "bos_token_id")
     pad_id = _first(sources, "pad_token_id")

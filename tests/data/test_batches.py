@@ -1,7 +1,7 @@
 """The order of training: epochs, exact resume, shards, remainders."""
 
-import itertools
 import json
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def epoch_of(batches):
 
 def test_each_epoch_holds_every_row_once_in_another_order():
     batches = data.Batches(make_rows(12), 4)
-    epochs = [sum(epoch_of(batches), []) for _ in range(3)]
+    epochs = [list(chain.from_iterable(epoch_of(batches))) for _ in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(1, 13))
     assert len({tuple(epoch) for epoch in epochs}) == 3
@@ -80,7 +80,7 @@ def test_dropped_rows_are_others_each_epoch():
     batches = data.Batches(make_rows(7), 3)
     left_out = set()
     for _ in range(20):
-        left_out |= set(range(1, 8)) - set(sum(epoch_of(batches), []))
+        left_out |= set(range(1, 8)) - set(chain.from_iterable(epoch_of(batches)))
     assert left_out == set(range(1, 8))
 
 
@@ -130,7 +130,7 @@ def test_shards_are_slices_of_the_same_global_batch(count, drop_remainder):
     for _ in range(9):
         parts = [numbers(next(shard)) for shard in shards]
         assert all(len(part) == 4 // count for part in parts)
-        assert sum(parts, []) == numbers(next(whole))
+        assert list(chain.from_iterable(parts)) == numbers(next(whole))
     # A run goes on on another number of processes.
     shards[0].restore(whole.state())
     assert shards[0].step == 9
@@ -153,9 +153,7 @@ def test_lengths_without_a_full_batch_are_dropped():
     rows = [*make_rows(4), *make_rows(1, length=8, first=101)]
     batches = data.Batches(rows, 2)
     assert batches.batches_per_epoch == 2
-    assert all(
-        batch["tokens"].shape == (2, 4) for batch in itertools.islice(batches, 6)
-    )
+    assert all(batch["tokens"].shape == (2, 4) for batch in islice(batches, 6))
 
 
 @pytest.mark.parametrize(

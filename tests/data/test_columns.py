@@ -193,3 +193,10 @@ def test_preference_errors(row, columns, reason):
     with pytest.raises(data.BadRow, match="row 3") as raised:
         data.split_preference(row(**columns))
     assert raised.value.reason == reason
+
+
+def test_prompt_suffix(row):
+    made = data.normalize_row(row(prompt="q", completion="a"), prompt_suffix="\n")
+    assert made.columns["prompt"] == "q\n"
+    made = data.normalize_row(row(prompt=[ASK], completion=[SAY]), prompt_suffix="\n")
+    assert made.columns["prompt"] == [ASK]

@@ -152,7 +152,6 @@ def test_a_gigabyte_line_is_never_in_memory(tmp_path, on_bad_row):
 
 
 def test_a_gigabyte_line_in_a_small_gzip_stops_early(tmp_path):
-    # The first 64 MiB of such a file are enough: the reader must not ask for more.
     path = tmp_path / "bomb.jsonl.gz"
     block = gzip.compress(bytes(2**20))
     path.write_bytes(block * 1024)
