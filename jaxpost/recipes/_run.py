@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpost import data, models, training
+from jaxpost import data, evaluation, models, training
 from jaxpost.recipes import _setup
 from jaxpost.recipes._config import ConfigError, to_mapping
 from jaxpost.recipes._samples import with_samples
@@ -117,8 +117,17 @@ class Run:
                 self.eval_rows, size, shuffle=False, drop_remainder=False, epochs=1
             )
 
+        evaluate = training.make_eval_fn(loss_fn, batches)
+        constants = {
+            "eval_unigram_loss": evaluation.unigram_loss(
+                [(e.tokens, e.loss_mask) for e in self.examples.train],
+                [(e.tokens, e.loss_mask) for e in self.examples.eval],
+                vocab_size=self.model.config.vocab_size,
+            ),
+            **self.examples.bad_rows.metrics(),
+        }
         return with_samples(
-            training.make_eval_fn(loss_fn, batches),
+            lambda state: evaluate(state) | constants,
             self.model,
             self.tokenizer,
             self.examples.eval,

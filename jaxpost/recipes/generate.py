@@ -113,8 +113,12 @@ def run_generate(
             stats = result.stats
     if output is None:
         for (text, _), completion in zip(texts, result.completions, strict=True):
-            progress.console.print(text, style="dim", end="", markup=False)
-            progress.console.print(completion.text, markup=False, highlight=False)
+            progress.console.print(
+                text, style="dim", end="", markup=False, soft_wrap=True
+            )
+            progress.console.print(
+                completion.text, markup=False, highlight=False, soft_wrap=True
+            )
     progress.console.print(
         f"{stats.done} of {stats.total} prompts, {stats.new_tokens} new tokens, "
         f"{stats.tokens_per_s:.0f} tokens/s"
