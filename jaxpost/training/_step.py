@@ -81,20 +81,30 @@ def make_train_step(
             )
         _check_method_state(state.method_state, output.method_state)
         metrics, ok = _report(output, weights, grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema: Any = state.ema
-        if ema_decay is not None:
-            ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
-        new = TrainState(
-            state.step + 1, params, opt_state, state.key, output.method_state, ema
+
+        def update():
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema: Any = state.ema
+            if ema_decay is not None:
+                ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+            return state.step + 1, params, opt_state, output.method_state, ema
+
+        def keep():
+            return (
+                state.step,
+                state.params,
+                state.opt_state,
+                state.method_state,
+                state.ema,
+            )
+
+        # A branch, not a select: that would keep a second copy of the weights alive.
+        count, params, opt_state, method_state, ema = jax.lax.cond(ok, update, keep)
+        return (
+            TrainState(count, params, opt_state, state.key, method_state, ema),
+            metrics,
         )
-        kept = jax.tree.map(
-            lambda after, before: jnp.where(ok, after, before),
-            new._replace(key=None),
-            state._replace(key=None),
-        )
-        return kept._replace(key=state.key), metrics
 
     return step
 
