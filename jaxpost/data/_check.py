@@ -182,12 +182,12 @@ def check_data(
 
 
 def _refused(reason: str, bad: BadRows) -> DataProblem:
-    first = bad.samples[reason][0]
+    first, count = bad.samples[reason][0], bad.counts[reason]
     return DataProblem(
         name=reason,
         severity="error",
-        count=bad.counts[reason],
-        what=first.what,
+        count=count,
+        what=first.what if count == 1 else f"{first.what} (the first of {count})",
         advice=first.advice,
         rows=tuple(f"row {problem.number}" for problem in bad.samples[reason]),
     )
