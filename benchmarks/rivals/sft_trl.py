@@ -31,8 +31,7 @@ def main() -> None:
 
     class Ticks(transformers.TrainerCallback):
         def on_train_begin(self, *_, **__):
-            clock.ticks = []
-            clock.tick()
+            clock.start()
 
         def on_step_end(self, *_, **__):
             clock.tick()

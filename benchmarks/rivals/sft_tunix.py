@@ -61,8 +61,7 @@ def main() -> None:
 
     class Ticks(hooks.TrainingHooks):
         def on_train_start(self, trainer):
-            clock.ticks = []
-            clock.tick()
+            clock.start()
 
         def on_train_end(self, trainer):
             pass
@@ -110,6 +109,7 @@ def main() -> None:
     ]
     trainer.train(data)
     clock.ticks = clock.ticks[: steps + 1]
+    clock.cpu_ticks = clock.cpu_ticks[: steps + 1]
     report(
         "Tunix PeftTrainer",
         args,
