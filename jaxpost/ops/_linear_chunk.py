@@ -99,9 +99,7 @@ def forward_sweep(
         hidden = _take(inputs.hidden, i, settings.columns)
         targets = _take(inputs.targets, i, settings.columns)
         scores = _scores(settings, inputs, hidden)
-        chosen = _chosen_scores(settings, scores, targets)
-        # Read before the exponentials overwrite the scores, or both are kept.
-        scores, chosen = lax.optimization_barrier((scores, chosen))
+        scores, chosen = _chosen_scores(settings, scores, targets)
         top = _over_vocab(settings, lax.pmax, jnp.max(scores, axis=1))
         exps = jnp.exp(scores - top[:, None])
         norm = _over_vocab(settings, lax.psum, jnp.sum(exps, axis=1))
@@ -252,13 +250,15 @@ def _local_targets(settings, targets, vocab):
 
 
 def _chosen_scores(settings, scores, targets):
-    """Score of each target, `[C]`; NaN where the id is outside the vocabulary."""
+    """The scores, and each target's, `[C]`; NaN for ids outside the vocabulary."""
     local, owned = _local_targets(settings, targets, scores.shape[1])
     index = jnp.where(owned, local, 0)[:, None]
     chosen = jnp.take_along_axis(scores, index, axis=1)[:, 0]
+    # Read before the exponentials overwrite the scores, or both are kept.
+    scores, chosen = lax.optimization_barrier((scores, chosen))
     chosen = _over_vocab(settings, lax.psum, jnp.where(owned, chosen, 0))
     owners = _over_vocab(settings, lax.psum, owned.astype(jnp.int32))
-    return jnp.where(owners == 1, chosen, jnp.nan)
+    return scores, jnp.where(owners == 1, chosen, jnp.nan)
 
 
 def _subtract_at(settings, slopes, targets, amounts):
@@ -322,7 +322,10 @@ def _varying_axes(inputs):
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """Mesh axes over which `x` differs inside a checked `shard_map`; else none."""
-    return frozenset(getattr(jax.typeof(x), "vma", ()))
+    kind = jax.typeof(x)
+    if hasattr(kind, "vma"):  # the name before jax 0.10.2
+        return frozenset(kind.vma)
+    return frozenset(kind.manual_axis_type.varying)
 
 
 def vary_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:

@@ -219,9 +219,11 @@ def _scale_if_foreseen(inputs, grads, logps_bar, entropy_bar):
     """The forward pass's gradients, scaled, and no chunk to walk, if the cotangent is
     `c * grad_weights` up to rounding; otherwise zeros and every chunk."""
     weights = inputs.grad_weights
-    largest = jnp.argmax(jnp.abs(weights))
-    top = weights.reshape(-1)[largest]
-    factor = jnp.where(top != 0, logps_bar.reshape(-1)[largest] / top, 0)
+    largest = jnp.max(jnp.abs(weights), initial=0)
+    at_largest = (jnp.abs(weights) == largest) & (weights != 0)
+    ratios = logps_bar / jnp.where(at_largest, weights, 1)
+    factor = jnp.max(jnp.where(at_largest, ratios, -jnp.inf), initial=-jnp.inf)
+    factor = jnp.where(largest > 0, factor, 0)
     expected = factor * weights
     slack = 8 * jnp.finfo(weights.dtype).eps * jnp.abs(expected)
     # Tokens of weight zero were not scored: nothing is to be had from theirs.
