@@ -2,15 +2,22 @@
 
 from jaxpost.generation._config import SamplingConfig
 from jaxpost.generation._decode import trace_counts
+from jaxpost.generation._files import write_completions
 from jaxpost.generation._generate import Rollout, bucket_length, generate
 from jaxpost.generation._processors import Processor, ProcessorState
+from jaxpost.generation._text import Completion, TextResult, TextStats, generate_text
 
 __all__ = [
+    "Completion",
     "Processor",
     "ProcessorState",
     "Rollout",
     "SamplingConfig",
+    "TextResult",
+    "TextStats",
     "bucket_length",
     "generate",
+    "generate_text",
     "trace_counts",
+    "write_completions",
 ]

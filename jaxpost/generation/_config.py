@@ -14,8 +14,8 @@ class SamplingConfig:
     """How to choose the next token, and when to stop.
 
     Filters apply in the order temperature, top-k, top-p, min-p, each to what the one
-    before left over. Changing `temperature` (other than to or from 0), `top_p`, `min_p`
-    or the ids recompiles nothing; changing `top_k` or switching a filter on or off does.
+    before left over. A change of `temperature` (but to or from 0), `top_p`, `min_p` or
+    the ids recompiles nothing; one of `top_k`, or a filter switched on or off, does.
 
     Fields:
         max_new_tokens: most tokens to add to each prompt, at least 1.
@@ -119,10 +119,14 @@ def split_config(
     stop_ids = np.full((width,), -1, np.int32)
     stop_ids[: len(config.stop_ids)] = config.stop_ids
     values = SamplerValues(
-        temperature=np.float32(1.0 if greedy else config.temperature),
-        top_p=np.float32(1.0 if config.top_p is None else config.top_p),
-        min_p=np.float32(1.0 if config.min_p is None else config.min_p),
+        temperature=_scalar(1.0 if greedy else config.temperature),
+        top_p=_scalar(1.0 if config.top_p is None else config.top_p),
+        min_p=_scalar(1.0 if config.min_p is None else config.min_p),
         stop_ids=stop_ids,
-        pad_id=np.int32(config.pad_id),
+        pad_id=np.asarray(config.pad_id, np.int32),
     )
     return plan, values
+
+
+def _scalar(value: float) -> np.ndarray:
+    return np.asarray(value, np.float32)

@@ -188,7 +188,7 @@ def _keep_likely(
     return jnp.where(weights >= threshold[:, None], weights, 0.0)
 
 
-def top_p_threshold(weights: jax.Array, top_p: jax.Array) -> jax.Array:
+def top_p_threshold(weights: jax.Array, top_p: jax.typing.ArrayLike) -> jax.Array:
     """Largest t such that the weights of at least t have the mass `top_p`, `[B]`.
 
     Bisects the float32 numbers of [0, 1] by their bit patterns, which are ordered as

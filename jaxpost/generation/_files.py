@@ -1,0 +1,160 @@
+"""Answers as JSON lines: one per prompt, appended as they come, resumable."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxpost.generation._config import SamplingConfig
+from jaxpost.generation._processors import Processor
+from jaxpost.generation._text import (
+    Decode,
+    Encode,
+    Progress,
+    TextStats,
+    generate_text,
+)
+from jaxpost.typing import DecodeFns, Params
+
+WINDOW_BATCHES = 8
+"""Batches sorted by length together and written together."""
+
+
+def write_completions(
+    path: str | os.PathLike[str],
+    rows: Iterable[Mapping[str, Any]],
+    fns: DecodeFns,
+    params: Params,
+    encode: Encode,
+    decode: Decode,
+    *,
+    config: SamplingConfig,
+    key: jax.Array,
+    stop_strings: Sequence[str] = (),
+    batch_size: int = 16,
+    processors: Sequence[Processor] = (),
+    progress: Progress | None = None,
+) -> TextStats:
+    """Answer rows and append one JSON line for each to a file.
+
+    Rows whose id the file already has are skipped, and a last line without an end (the
+    process was killed while writing) is removed and answered again. The sequence id of
+    a row is its place among all rows, so a resumed file has the answers that an
+    uninterrupted one would have. Lines come in no particular order.
+
+    A line is the row's own columns with `id`, `prompt`, `completion`, `finish_reason`,
+    `prompt_tokens` and `completion_tokens` (counts), and `completion_logp` (sum, nats).
+
+    Args:
+        path: the output; made with its folders if it does not exist.
+        rows: each with a text `prompt`; `id` (text or integer) defaults to the row's
+            place; the other columns are copied and must be JSON.
+        fns, params, encode, decode, config, key, stop_strings, batch_size, processors:
+            as in `generate_text`.
+        progress: called after each batch; skipped rows count as done.
+
+    Returns:
+        Sums over the rows answered now, with `total` and `done` over all rows.
+
+    Raises:
+        ValueError: two rows share an id, a prompt is missing or not text, or the file
+            holds something else than such lines.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbered = _with_ids(rows)
+    done = _done_ids(path)
+    todo = [(n, row) for n, row in enumerate(numbered) if row["id"] not in done]
+    stats = TextStats(len(numbered) - len(todo), len(numbered), 0, 0, 0, 0.0)
+    window = batch_size * WINDOW_BATCHES
+    for begin in range(0, len(todo), window):
+        part = todo[begin : begin + window]
+        before = stats
+
+        def report(now: TextStats, before: TextStats = before) -> None:
+            if progress is not None:
+                progress(_sum(before, now))
+
+        result = generate_text(
+            fns,
+            params,
+            encode,
+            decode,
+            [row["prompt"] for _, row in part],
+            config=config,
+            key=key,
+            stop_strings=stop_strings,
+            batch_size=batch_size,
+            processors=processors,
+            sequence_ids=[number for number, _ in part],
+            progress=report,
+        )
+        stats = _sum(before, result.stats)
+        with path.open("a", encoding="utf-8") as file:
+            for (_, row), answer in zip(part, result.completions, strict=True):
+                line = row | {
+                    "completion": answer.text,
+                    "finish_reason": answer.finish_reason,
+                    "prompt_tokens": answer.prompt_tokens,
+                    "completion_tokens": len(answer.tokens),
+                    "completion_logp": sum(answer.logps),
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return stats
+
+
+def _sum(before: TextStats, now: TextStats) -> TextStats:
+    return TextStats(
+        done=before.done + now.done,
+        total=before.total,
+        prompt_tokens=before.prompt_tokens + now.prompt_tokens,
+        new_tokens=before.new_tokens + now.new_tokens,
+        finished=before.finished + now.finished,
+        seconds=before.seconds + now.seconds,
+    )
+
+
+def _with_ids(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as dictionaries that all have a prompt and an id of their own."""
+    out: list[dict[str, Any]] = []
+    seen: dict[Any, int] = {}
+    for number, row in enumerate(rows):
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"row {number} needs a text in its column 'prompt', got {prompt!r}."
+            )
+        name = row.get("id", number)
+        if not isinstance(name, str | int):
+            raise ValueError(f"row {number}: id must be text or integer, got {name!r}.")
+        if name in seen:
+            raise ValueError(f"rows {seen[name]} and {number} share the id {name!r}.")
+        seen[name] = number
+        out.append({**row, "id": name})
+    return out
+
+
+def _done_ids(path: pathlib.Path) -> set[Any]:
+    """Ids in the file, after removing a torn last line."""
+    if not path.exists():
+        return set()
+    done = set()
+    whole = 0  # bytes of complete lines
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                done.add(json.loads(line)["id"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}:{number} is not a line of completions ({error}); name "
+                    "another output file, or move this one away."
+                ) from error
+            whole += len(line)
+    if whole < path.stat().st_size:
+        os.truncate(path, whole)
+    return done
