@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxpost import parallel
 from jaxpost.typing import ApplyFn, Head, ModelOutput, Params
 
 from ._cache import KVCache, init_cache
@@ -44,7 +45,7 @@ class Model:
         return Head(weight, bias, softcap=config.final_softcap)
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> KVCache:
-        """An empty cache, `[L, batch, length, K, H]` for keys and for values."""
+        """An empty cache, `[L, batch, K, length, H]` for keys and for values."""
         return init_cache(self.config, batch, length, dtype)
 
     def replace(self, *, params: Params) -> "Model":
@@ -62,21 +63,50 @@ def build(
     *,
     dtype: Any = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
-    rules: Any = None,
+    rules: parallel.Rules | None = None,
     abstract: bool = False,
 ) -> Model:
-    """Initialise a decoder."""
+    """Initialise a decoder, or describe one without memory.
+
+    Args:
+        config: what to build.
+        key: PRNG key; only `abstract=True` does without.
+        dtype: of the parameters, and thereby of the computation.
+        mesh: where to put parameters, created there shard by shard under `jit`, with
+            the same values as on one device; None is the default device.
+        rules: changes to `parallel.RULES`.
+        abstract: parameters are `jax.ShapeDtypeStruct` (with shardings if there is a
+            mesh); no memory at any size.
+
+    Returns:
+        The model.
+
+    Raises:
+        NotImplementedError: `config.experts` is set.
+        ValueError: neither a key nor `abstract=True`.
+    """
     if config.experts is not None:
         raise NotImplementedError(
             "DecoderConfig.experts: mixture-of-experts layers are not built yet; "
             "set experts=None."
         )
-    init = functools.partial(_init, config, dtype)
-    if abstract:
-        return Model(jax.eval_shape(init, jax.random.key(0)), config)
-    if key is None:
+    if key is None and not abstract:
         raise ValueError("models.build needs a key unless abstract=True.")
-    return Model(jax.jit(init)(key), config)
+    init = functools.partial(_init, config, dtype)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    placement = None
+    if mesh is not None:
+        axes = param_axes(config)
+        placement = parallel.shardings(axes, mesh, rules, shapes=shapes)
+    if not abstract:
+        return Model(jax.jit(init, out_shardings=placement)(key), config)
+    if placement is not None:
+        shapes = jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            shapes,
+            placement,
+        )
+    return Model(shapes, config)
 
 
 def param_axes(config: DecoderConfig) -> Params:

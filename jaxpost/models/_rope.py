@@ -38,7 +38,8 @@ def rope_tables(
     angles = positions_f * jnp.asarray(short, dtype)[None, None, :]
     if long is not None:
         scaling = config.rope_scaling
-        assert scaling is not None and scaling.original_max_positions is not None
+        assert scaling is not None
+        assert scaling.original_max_positions is not None
         reaches = jnp.max(positions, axis=1) >= scaling.original_max_positions
         stretched = positions_f * jnp.asarray(long, dtype)[None, None, :]
         angles = jnp.where(reaches[:, None, None], stretched, angles)
@@ -121,11 +122,11 @@ def _yarn(
 ) -> tuple[np.ndarray, None, float]:
     """Source: Peng et al. (2023), "YaRN", section 3.2 and eq. 22."""
     assert scaling.original_max_positions is not None
-    dim = config.rotary_dim
+    dim, context = config.rotary_dim, scaling.original_max_positions
     factor = _factor(config, scaling)
 
     def dimension_of(turns: float) -> float:
-        ratio = scaling.original_max_positions / (turns * 2 * math.pi)
+        ratio = context / (turns * 2 * math.pi)
         return dim * math.log(ratio) / (2 * math.log(config.rope_theta))
 
     low = dimension_of(scaling.beta_fast)

@@ -83,7 +83,7 @@ def attention(
             f"implementation must be one of {', '.join(get_args(Implementation))} or "
             f"None, got {implementation!r}."
         )
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = float(query.shape[-1] ** -0.5 if scale is None else scale)
     key, value = key.astype(query.dtype), value.astype(query.dtype)
     if implementation == "chunked":
         return chunked_attention(
@@ -92,7 +92,7 @@ def attention(
             value,
             (query_positions, key_positions, query_segments, key_segments, window),
             softcap=softcap,
-            scale=scale,
+            scale=factor,
         )
     allowed = allowed_pairs(
         query_positions, key_positions, query_segments, key_segments, window
@@ -104,9 +104,9 @@ def attention(
     key = jnp.where(seen, key, jnp.zeros_like(key))
     value = jnp.where(seen, value, jnp.zeros_like(value))
     if implementation == "cudnn":
-        mixed = _cudnn(query, key, value, allowed, softcap, scale)
+        mixed = _cudnn(query, key, value, allowed, softcap, factor)
     else:
-        mixed = _dense(query, key, value, allowed, softcap, scale)
+        mixed = _dense(query, key, value, allowed, softcap, factor)
     return jnp.where(seeing, mixed, jnp.zeros_like(mixed))
 
 
@@ -145,7 +145,8 @@ def _dense(query, key, value, allowed, softcap, scale):
     batch, length, heads, width = query.shape
     wide = jnp.promote_types(query.dtype, jnp.float32)
     kv_heads = key.shape[2]
-    key, value = poison_keys(key, value)
+    if length > 1:  # a single query sees every key that was not zeroed
+        key, value = poison_keys(key, value)
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
     scores = scale * jnp.einsum(
         "btkgh,bskh->bkgts", grouped, key, preferred_element_type=wide

@@ -95,7 +95,7 @@ def chunked_attention(
     layout = _Layout(
         query_blocks, key_blocks, query.shape[2], key.shape[2], softcap, scale
     )
-    mixed = _blockwise(
+    mixed: jax.Array = _blockwise(  # pyright: ignore[reportAssignmentType]
         layout,
         _pad(query, pad_queries),
         _pad(key, pad_keys),
@@ -113,7 +113,7 @@ def _pad(x: jax.Array, count: int, fill: int = 0) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(layout, query, key, value, mask):
+def _blockwise(layout, query, key, value, mask) -> jax.Array:
     return _forward(layout, query, key, value, mask)[0]
 
 
@@ -308,7 +308,7 @@ def _extremes(x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _query_blocks(x: jax.Array, layout: _Layout) -> jax.Array:
-    """`[B, T, N, H] -> [Q, B, K, G * block, H]`: heads that share a key side by side."""
+    """`[B, T, N, H] -> [Q, B, K, G * block, H]`: heads of one key side by side."""
     batch, length, heads, width = x.shape
     blocks, kv_heads = layout.query_blocks, layout.kv_heads
     groups, block = heads // kv_heads, length // blocks
@@ -328,7 +328,7 @@ def _from_query_blocks(x: jax.Array, layout: _Layout) -> jax.Array:
 
 def _key_blocks(x: jax.Array, layout: _Layout) -> jax.Array:
     """`[B, S, K, H] -> [blocks, B, K, block, H]`."""
-    batch, length, heads, width = x.shape
+    batch, _, heads, width = x.shape
     x = x.reshape(batch, layout.key_blocks, -1, heads, width)
     return x.transpose(1, 0, 3, 2, 4)
 
