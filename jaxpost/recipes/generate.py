@@ -48,6 +48,8 @@ def run_generate(
     Raises:
         ValueError: neither prompts nor a file are given, or a prompt cannot be used.
     """
+    import rich.markup
+
     if not prompt and prompts is None:
         raise ValueError("give --prompt TEXT or --prompts FILE.")
     loaded = weights.load(model, dtype=jnp.dtype(dtype))
@@ -84,6 +86,7 @@ def run_generate(
         "stop_strings": stop,
         "batch_size": batch_size,
     }
+    completions: list[generation.Completion] = []
     with _Progress(len(rows)) as progress:
         if output is not None:
             lines = [
@@ -110,15 +113,13 @@ def run_generate(
                 progress=progress,
                 **common,
             )
-            stats = result.stats
-    if output is None:
-        for (text, _), completion in zip(texts, result.completions, strict=True):
-            progress.console.print(
-                text, style="dim", end="", markup=False, soft_wrap=True
-            )
-            progress.console.print(
-                completion.text, markup=False, highlight=False, soft_wrap=True
-            )
+            completions, stats = result
+    for (text, _), completion in zip(texts, completions, strict=False):
+        progress.console.print(
+            f"[dim]{rich.markup.escape(text)}[/]{rich.markup.escape(completion.text)}",
+            highlight=False,
+            soft_wrap=True,
+        )
     progress.console.print(
         f"{stats.done} of {stats.total} prompts, {stats.new_tokens} new tokens, "
         f"{stats.tokens_per_s:.0f} tokens/s"

@@ -79,6 +79,7 @@ def sft_loss(model: models.Model, *, dtype: jnp.dtype | None = None) -> LossFn:
         )
         values, weights = losses.sft(stats.logps, mask)
         count = jnp.sum(weights)
+        assert stats.top1 is not None  # asked for above
         return LossOutput(
             terms={"nll": Term(jnp.sum(values), count)},
             metrics={"mean_token_accuracy": Metric(jnp.sum(stats.top1), count)},
