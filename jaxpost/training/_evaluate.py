@@ -42,7 +42,7 @@ def make_eval_fn(
     def finish(stacked):
         terms, metrics = stacked
         weights = {name: jnp.sum(term.weight) for name, term in terms.items()}
-        return loss_metrics(LossOutput(terms, metrics), weights)[0]
+        return loss_metrics(LossOutput(terms, metrics), weights)
 
     def eval_fn(state: TrainState) -> dict[str, float]:
         params = state.ema if use_ema else state.params

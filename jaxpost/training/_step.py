@@ -243,10 +243,8 @@ def reduce_metric(metric: Metric) -> jax.Array:
     return result.astype(jnp.float32)
 
 
-def loss_metrics(
-    output: LossOutput, weights: Mapping[str, jax.Array]
-) -> tuple[Metrics, dict[str, jax.Array]]:
-    """`loss`, `loss/<term>` and the loss function's metrics; and the summed totals."""
+def loss_metrics(output: LossOutput, weights: Mapping[str, jax.Array]) -> Metrics:
+    """`loss`, `loss/<term>` and the loss function's metrics, from stacked outputs."""
     totals = {name: jnp.sum(term.total) for name, term in output.terms.items()}
     per_microbatch = jax.vmap(lambda terms: objective(LossOutput(terms), weights))
     metrics = {"loss": jnp.sum(per_microbatch(output.terms))}
@@ -262,11 +260,11 @@ def loss_metrics(
             "loss/<term>, grad_norm, nonfinite."
         )
     metrics |= {name: reduce_metric(metric) for name, metric in output.metrics.items()}
-    return {name: v.astype(jnp.float32) for name, v in metrics.items()}, totals
+    return {name: v.astype(jnp.float32) for name, v in metrics.items()}
 
 
 def _report(output, weights, grads) -> tuple[Metrics, jax.Array]:
-    metrics, totals = loss_metrics(output, weights)
+    metrics = loss_metrics(output, weights)
     squares = [
         jnp.sum(
             jnp.square(jnp.abs(leaf.astype(jnp.promote_types(leaf.dtype, "float32"))))
@@ -274,7 +272,7 @@ def _report(output, weights, grads) -> tuple[Metrics, jax.Array]:
         for leaf in jax.tree.leaves(grads)
     ]
     # The squares are needed for the norm anyway, so naming the bad leaf is free.
-    checked = [totals[name] + weights[name] for name in sorted(totals)] + squares
+    checked = [metrics[f"loss/{name}"] for name in sorted(output.terms)] + squares
     bad = ~jnp.stack([jnp.isfinite(value) for value in checked])
     code = jnp.where(jnp.any(bad), jnp.argmax(bad) + 1, 0)
     metrics["grad_norm"] = jnp.sqrt(sum(squares)).astype(jnp.float32)
