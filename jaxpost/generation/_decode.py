@@ -28,6 +28,14 @@ def trace_counts() -> dict[str, int]:
     return {"prefill": _TRACES["prefill"], "decode": _TRACES["decode"]}
 
 
+class _Three(NamedTuple):
+    """Just the functions; bound methods of one object compare equal."""
+
+    apply: Any
+    unembed: Any
+    init_cache: Any
+
+
 class Functions(NamedTuple):
     """`DecodeFns` without their arrays: hashable, equal for equal models.
 
@@ -35,7 +43,7 @@ class Functions(NamedTuple):
     parameters put into it recompile nothing, and old ones are not kept alive.
 
     Fields:
-        structure: tree structure of the object; a leaf if it is not a pytree.
+        structure: tree structure of the object, or of a `_Three` if it is no pytree.
         leaves: what is left of its leaves, None where there was an array.
     """
 
@@ -45,6 +53,9 @@ class Functions(NamedTuple):
     @classmethod
     def of(cls, fns: DecodeFns) -> "Functions":
         leaves, structure = jax.tree.flatten(fns)
+        if jax.tree_util.treedef_is_leaf(structure):
+            three = _Three(fns.apply, fns.unembed, fns.init_cache)
+            leaves, structure = jax.tree.flatten(three)
         return cls(structure, tuple(None if _is_array(x) else x for x in leaves))
 
     def restore(self) -> DecodeFns:

@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax
 from jaxpost.generation._config import SamplingConfig
 from jaxpost.generation._processors import Processor
 from jaxpost.generation._text import (
+    Completion,
     Decode,
     Encode,
     Progress,
@@ -20,7 +21,7 @@ from jaxpost.generation._text import (
 from jaxpost.typing import DecodeFns, Params
 
 WINDOW_BATCHES = 8
-"""Batches sorted by length together and written together."""
+"""Batches whose prompts are sorted by length together."""
 
 
 def write_completions(
@@ -69,15 +70,7 @@ def write_completions(
     done = _done_ids(path)
     todo = [(n, row) for n, row in enumerate(numbered) if row["id"] not in done]
     stats = TextStats(len(numbered) - len(todo), len(numbered), 0, 0, 0, 0.0)
-    window = batch_size * WINDOW_BATCHES
-    for begin in range(0, len(todo), window):
-        part = todo[begin : begin + window]
-        before = stats
-
-        def report(now: TextStats, before: TextStats = before) -> None:
-            if progress is not None:
-                progress(_sum(before, now))
-
+    for part in _similar_batches(todo, batch_size):
         result = generate_text(
             fns,
             params,
@@ -90,20 +83,38 @@ def write_completions(
             batch_size=batch_size,
             processors=processors,
             sequence_ids=[number for number, _ in part],
-            progress=report,
         )
-        stats = _sum(before, result.stats)
         with path.open("a", encoding="utf-8") as file:
             for (_, row), answer in zip(part, result.completions, strict=True):
-                line = row | {
-                    "completion": answer.text,
-                    "finish_reason": answer.finish_reason,
-                    "prompt_tokens": answer.prompt_tokens,
-                    "completion_tokens": len(answer.tokens),
-                    "completion_logp": sum(answer.logps),
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(_line(row, answer))
+        stats = _sum(stats, result.stats)
+        if progress is not None:
+            progress(stats)
     return stats
+
+
+def _similar_batches(
+    todo: list[tuple[int, dict[str, Any]]], batch_size: int
+) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """Batches of prompts of similar length, roughly in the order of the rows."""
+    window = batch_size * WINDOW_BATCHES
+    for begin in range(0, len(todo), window):
+        part = todo[begin : begin + window]
+        part.sort(key=lambda item: -len(item[1]["prompt"]))
+        for first in range(0, len(part), batch_size):
+            yield part[first : first + batch_size]
+
+
+def _line(row: Mapping[str, Any], answer: Completion) -> str:
+    columns = {
+        **row,
+        "completion": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": len(answer.tokens),
+        "completion_logp": sum(answer.logps),
+    }
+    return json.dumps(columns, ensure_ascii=False) + "\n"
 
 
 def _sum(before: TextStats, now: TextStats) -> TextStats:

@@ -107,8 +107,9 @@ def generate(
     tuple of processors; a second call in the same buckets compiles nothing.
 
     Args:
-        fns: `apply`, `unembed` and `init_cache`, as a `models.Model` has them. Objects
-            that are not pytrees must be hashable and reused between calls.
+        fns: `apply`, `unembed` and `init_cache`, as a `models.Model` has them. Programs
+            are kept by the identity of the functions, or by the static fields of a
+            pytree such as `Model`.
         params: the parameters to use.
         prompts: token ids, integer `[B, P]`; any value where masked. Read on the host,
             so not under `jit`.
