@@ -226,12 +226,15 @@ def _sgd(config, schedule, mask):
 
 
 def _adafactor(config, schedule, mask):
-    tx = optax.adafactor(schedule)
+    # Optax's own decay here is not scaled by the learning rate.
+    return _with_decay(optax.adafactor(schedule), config, schedule, mask)
+
+
+def _with_decay(tx, config, schedule, mask):
+    """Adds decoupled decay to a transformation that has none like the others'."""
     if not config.weight_decay:
         return tx
 
-    # Optax's own adafactor decay is not scaled by the learning rate; ours is, as in the
-    # other optimizers here.
     def decay(count):
         return -config.weight_decay * schedule(count)
 
@@ -250,18 +253,17 @@ def _lion(config, schedule, mask):
 
 
 def _muon(config, schedule, mask):
-    return optax.contrib.muon(
+    tx = optax.contrib.muon(
         schedule,
         beta=config.b1,
-        weight_decay=config.weight_decay,
-        weight_decay_mask=mask,
         mu_dtype=config.mu_dtype,
         adam_b1=config.b1,
         adam_b2=config.b2,
-        adam_weight_decay=config.weight_decay,
         muon_weight_dimension_numbers=_muon_dimensions,
         consistent_rms=0.2,
     )
+    # Optax's own decay would pass the mask to the matrices only.
+    return _with_decay(tx, config, schedule, mask)
 
 
 def _muon_dimensions(params: Params) -> Any:
