@@ -121,13 +121,13 @@ def test_bfloat16_bits_agree_with_the_reference_library(tmp_path):
 @pytest.mark.parametrize("axes", [(8, 1), (2, 4)])
 def test_parameters_are_placed_by_the_rules(axes, tmp_path):
     config = CONFIGS["llama"].replace(
-        hidden_size=24, intermediate_size=32, vocab_size=64, num_kv_heads=4
+        hidden_size=24, intermediate_size=32, vocab_size=64, head_dim=4
     )
     model = build(config)
     weights.save(model, tmp_path / "out")
     kinds = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh(axes, ("data", "model"), axis_types=kinds)
-    rules = {"embed": "data", "mlp": "model", "vocab": "model", "heads": "model"}
+    mesh = jax.make_mesh(axes, ("fsdp", "tensor"), axis_types=kinds)
+    rules = {"head_dim": "tensor", "heads": None, "kv_heads": None}
     back = weights.load(tmp_path / "out", mesh=mesh, rules=rules)
     wanted = models.build(config, mesh=mesh, rules=rules, abstract=True)
     assert_same_params(model.params, back.params)
@@ -138,8 +138,10 @@ def test_parameters_are_placed_by_the_rules(axes, tmp_path):
     ):
         assert leaf.sharding.is_equivalent_to(abstract.sharding, leaf.ndim), path
     gate = back.params["layers"]["mlp"]["gate"]["kernel"]
-    local = gate.addressable_shards[0].data.shape
-    assert local == (3, 24 // axes[0], 32 // axes[1])
+    assert gate.sharding.shard_shape(gate.shape) == (3, 24 // axes[0], 32 // axes[1])
+    query = back.params["layers"]["attention"]["q"]["kernel"]
+    local = (3, 24 // axes[0], 4, 4 // axes[1])
+    assert query.sharding.shard_shape(query.shape) == local
     weights.save(back, tmp_path / "again")
     first = (tmp_path / "out/model.safetensors").read_bytes()
     assert (tmp_path / "again/model.safetensors").read_bytes() == first
