@@ -4,9 +4,9 @@
     .venv/bin/python benchmarks/bench_sft.py
 
 Each measurement is a fresh process; rounds are interleaved, so that a slow minute of
-the machine hits everyone. All get the same tokens, threads and allocator settings, and run
-at their best: no logging, evaluation, saving or padding, fused or chunked losses and
-optimizers where they have them. Writes `benchmarks/results/sft.json`.
+the machine hits everyone. All get the same tokens, threads and allocator settings, and
+run at their best: no logging, evaluation, saving or padding, fused or chunked losses
+and optimizers where they have them. Writes `benchmarks/results/sft.json`.
 """
 
 import argparse

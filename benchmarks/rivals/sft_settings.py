@@ -4,6 +4,7 @@ Runs in the rivals' environments too: standard library and NumPy only.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -100,7 +101,7 @@ class Clock:
         return self._differences(self.cpu_ticks)
 
     def _differences(self, ticks: list[float]) -> list[float]:
-        pairs = zip(ticks[:-1], ticks[1:], strict=True)
+        pairs = itertools.pairwise(ticks)
         return [after - before for before, after in pairs][self.warmup :]
 
 
