@@ -6,6 +6,7 @@ train state (leaves by key path), and as JSON: the place in the data, the state 
 NumPy generator, the user's values, metrics, and the leaves' shapes and dtypes.
 """
 
+import json
 import os
 import pathlib
 import re
@@ -250,17 +251,12 @@ class Checkpoints:
 
     def _info(self, step: int) -> dict[str, Any]:
         if step not in self._infos:
-            import orbax.checkpoint as ocp
-
+            # Read without Orbax, whose reads wait for all processes: only one prunes.
+            file = self.path(step) / "info" / "metadata"
             try:
-                self._infos[step] = self._orbax().restore(
-                    self.path(step),
-                    args=ocp.args.Composite(info=ocp.args.JsonRestore()),
-                )["info"]
+                self._infos[step] = json.loads(file.read_text(encoding="utf-8"))
             except _IO_ERRORS as error:
-                raise CheckpointError(
-                    f"Cannot read {self.path(step)}: {error}"
-                ) from error
+                raise CheckpointError(f"Cannot read {file}: {error}") from error
         return self._infos[step]
 
     def _ranked(self) -> list[int]:
@@ -273,15 +269,16 @@ class Checkpoints:
         return sorted(finite, key=lambda step: (finite[step], step))
 
     def _prune(self) -> None:
+        if jax.process_index() != 0:
+            return
         kept = set(self.steps()[-self._keep_last :])
         kept |= set(self._ranked()[: self._keep_best])
         for step in set(self.steps()) - kept:
             self._infos.pop(step, None)
-            if jax.process_index() == 0:
-                # Renamed first: half a deleted checkpoint must not look complete.
-                doomed = self.folder / f"removing_{step}"
-                self.path(step).rename(doomed)
-                shutil.rmtree(doomed)
+            # Renamed first: half a deleted checkpoint must not look complete.
+            doomed = self.folder / f"removing_{step}"
+            self.path(step).rename(doomed)
+            shutil.rmtree(doomed)
 
     def _remove_unfinished(self) -> None:
         if jax.process_index() != 0:
