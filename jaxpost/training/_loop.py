@@ -88,7 +88,7 @@ def train(
         batches: iterator of host batches. With `state()` (JSON values) and `restore()`
             its place is saved and restored; with `epoch` (a float) it is logged.
         total_steps: optimizer steps at the end, counted from the run's first.
-        place: puts a host batch on devices, such as `parallel.shard_batch`; None leaves
+        place: puts a host batch on devices, such as `parallel.place`; None leaves
             it to `jit`.
         schedule: from steps taken to learning rate, for the log; traceable.
         eval_fn: returns numbers to log; `eval_loss` chooses the best checkpoint.
@@ -125,7 +125,7 @@ def train(
         state, num_tokens = _restore(checkpoints, state, batches, host_rng)
     start = int(state.step)
     if run is not None:
-        run.truncate(start)
+        run.truncate(start or -1)  # step 0's evaluation is made anew as well
     loop = _Loop(
         step=step,
         total_steps=total_steps,

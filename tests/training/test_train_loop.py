@@ -215,6 +215,16 @@ def test_resume_goes_on_from_the_last_checkpoint(tmp_path):
     assert int(run(tmp_path / "cut", resume=True).step) == 6
 
 
+def test_resume_without_a_checkpoint_starts_anew(tmp_path):
+    def eval_fn(state):
+        return {"eval_loss": float(state.params["bias"])}
+
+    with pytest.raises(training.NonFiniteError):
+        run(tmp_path, batches=Batches(spoil=2), eval_fn=eval_fn)
+    run(tmp_path, eval_fn=eval_fn, resume=True)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(7))
+
+
 def test_batches_that_end_early_are_an_error(tmp_path):
     few = itertools.islice(Batches(), 2)
     with pytest.raises(ValueError, match="batches ended after step 2 of 6"):

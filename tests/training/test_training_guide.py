@@ -1,0 +1,15 @@
+"""The guide's examples run as printed."""
+
+import pathlib
+import re
+
+GUIDE = pathlib.Path(__file__).parents[2] / "docs" / "training.md"
+
+
+def test_examples_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(compile(block, str(GUIDE), "exec"), names)
+    assert "train 200/200  loss " in capsys.readouterr().out
