@@ -6,6 +6,7 @@ loss.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ def linear_token_logps(
 
 def _chunked(settings, layout: Layout, hidden, head, targets, mask, grad_weights):
     """Bring scored tokens to the front of their rows, sweep, put results back."""
-    trips, back = layout.chunks, None
+    trips, back = layout.chunks, jnp.zeros((), jnp.int32)
     hidden, targets = layout.arrange(hidden), layout.arrange(targets)
     if grad_weights is not None:
         weights = lax.stop_gradient(grad_weights).astype(settings.dtype)
@@ -144,16 +145,15 @@ def _chunked(settings, layout: Layout, hidden, head, targets, mask, grad_weights
         scored = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
         trips = (scored + (layout.columns - 1)) // layout.columns
     inputs = Inputs(hidden, head.weight, head.bias, targets, grad_weights, trips)
-    found = _sweep(settings, _vary_together(settings, inputs))
+    found: Any = _sweep(settings, _vary_together(settings, inputs))
+    logps, *others = found
 
     def finish(x):
-        if x is None:
-            return None
         if mask is not None:
             x = gather_columns(jnp.where(mask, x, jnp.zeros((), x.dtype)), back)
         return layout.restore(x)
 
-    return TokenStats(*(finish(x) for x in found))
+    return TokenStats(finish(logps), *(x if x is None else finish(x) for x in others))
 
 
 def _vary_together(settings: Settings, inputs: Inputs) -> Inputs:

@@ -1,6 +1,6 @@
 """The only shift between inputs and targets in the library."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,9 @@ def shift_targets(tokens: ArrayT, mask: ArrayT) -> tuple[ArrayT, ArrayT]:
     if mask.dtype != np.bool_:
         raise ValueError(f"mask must be boolean, got dtype {mask.dtype}.")
     is_numpy = isinstance(tokens, np.ndarray) and isinstance(mask, np.ndarray)
-    xp = np if is_numpy else jnp
+    xp: Any = np if is_numpy else jnp
 
-    def advance(x):
+    def advance(x: ArrayT) -> ArrayT:
         return xp.concatenate([x[..., 1:], xp.zeros_like(x[..., :1])], axis=-1)
 
     return advance(tokens), advance(mask)
