@@ -56,9 +56,7 @@ class Head:
 
     weight: jax.Array
     bias: jax.Array | None = None
-    softcap: float | None = dataclasses.field(
-        default=None, metadata={"static": True}
-    )
+    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
 
 

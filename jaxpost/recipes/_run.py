@@ -32,7 +32,7 @@ class Run:
         config: the recipe's config; has the shared sections.
         folder: where everything is written.
         tokenizer, examples: of the data section.
-        model: with its first parameters.
+        model: its functions; `train` donates its first parameters.
         tx, schedule: the optimizer and its learning rate by steps taken.
         compute_dtype: to cast parameters to in the loss; None leaves them alone.
         batches: the training batches with their cursor.
@@ -76,6 +76,7 @@ class Run:
             jax.random.key(self.config.seed),
             method_state=method_state,
             ema=section.ema_decay is not None,
+            copy=False,  # the model's own arrays are donated: one copy, not two
         )
         trackers = [
             training.make_tracker(
