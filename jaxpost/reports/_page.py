@@ -83,7 +83,7 @@ def render(runs: Sequence[Run]) -> str:
         _run_list(runs),
         _notes(runs),
         _panels(runs),
-        _section("Metrics", _table(*_tables.summary_rows(runs), kind="metrics")),
+        _section("Metrics", *_metrics(runs)),
         _section("Samples", *_samples(runs)),
         _section("Configuration", *_settings(runs, [run.config for run in runs])),
         _section("Environment", *_settings(runs, [run.environment for run in runs])),
@@ -141,6 +141,12 @@ def _panels(runs: Sequence[Run]) -> str:
     )
     grid = f'<div class="panels">{"".join(figures)}</div>'
     return _section("Curves", legend, grid)
+
+
+def _metrics(runs: Sequence[Run]) -> list[str]:
+    table = _table(*_tables.summary_rows(runs), kind="metrics")
+    legend = "<p>Last value, in brackets the smallest and largest.</p>"
+    return [legend, table] if len(runs) > 1 else [table]
 
 
 def _samples(runs: Sequence[Run]) -> list[str]:
