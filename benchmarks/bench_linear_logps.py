@@ -143,7 +143,8 @@ def main() -> None:
     _measure.print_table(
         f"{shape.tokens} tokens, hidden {shape.width}, vocabulary {shape.vocab}, "
         f"float32, forward and backward; {settings['device']}, "
-        f"{settings['threads']} threads, jax {settings['jax']}, {settings['malloc']}, {flags.rounds} rounds",
+        f"{settings['threads']} threads, jax {settings['jax']}, {settings['malloc']}, "
+        f"{flags.rounds} rounds",
         list(rows.values()),
         limit=LIMIT,
         rival=NAIVE,
