@@ -103,8 +103,8 @@ def generate_text(
         key: PRNG key; see `generate`.
         stop_strings: texts that end an answer; they are not part of `Completion.text`.
         batch_size: most prompts at a time.
-        check_every: tokens between two looks for stop strings, at least 16 unless
-            tests need less.
+        check_every: tokens between two looks for stop strings; a look costs a pause
+            of the device.
         processors: see `generate`.
         sequence_ids: one per prompt, default `0, 1, ...`; an answer depends on its id,
             not on the other prompts.
