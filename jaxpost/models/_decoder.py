@@ -20,16 +20,15 @@ class Decoder(nnx.Module):
         self.config = config
         key_embed, key_layers, key_head = jax.random.split(key, 3)
         self.embed = Embedding(config, key_embed)
-        make_layers = nnx.vmap(DecoderLayer, in_axes=(None, 0))
-        self.layers = make_layers(
-            config, jax.random.split(key_layers, config.num_layers)
-        )
-        self.final_norm = Norm(config, config.hidden_size)
+        stack = {"layers": config.num_layers}
+        self.layers = DecoderLayer(config, key_layers, stack)
+        self.final_norm = Norm(config, {"embed": config.hidden_size}, {})
         if not config.tie_embeddings:
             self.head = Projection(
                 key_head,
                 {"embed": config.hidden_size},
                 {"vocab": config.vocab_size},
+                {},
                 bias=config.head_bias,
                 gain=0.02 * config.hidden_size**0.5,
             )

@@ -4,6 +4,8 @@ Each parameter carries its logical axes (`axes=`) for `parallel`. Modules comput
 the dtype of their input; norms and softmax in float32 or wider.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +15,9 @@ from jaxpost import ops
 from ._cache import KVCache, update_layer
 from ._config import DecoderConfig
 from ._rope import apply_rope
+
+Sizes = dict[str, int]
+"""Logical axis names and their sizes, in order."""
 
 
 class Context(nnx.Pytree):
@@ -33,12 +38,12 @@ class Context(nnx.Pytree):
 class Norm(nnx.Module):
     """Root-mean-square or layer norm over the last axis."""
 
-    def __init__(self, config: DecoderConfig, size: int, axis: str = "embed"):
+    def __init__(self, config: DecoderConfig, over: Sizes, stack: Sizes):
         self.config = config
-        scale = jnp.full((size,), 1.0 - config.norm_offset)
-        self.scale = nnx.Param(scale, axes=(axis,))
+        shape, axes = (*stack.values(), *over.values()), (*stack, *over)
+        self.scale = nnx.Param(jnp.full(shape, 1.0 - config.norm_offset), axes=axes)
         if config.norm_kind == "layer":
-            self.bias = nnx.Param(jnp.zeros((size,)), axes=(axis,))
+            self.bias = nnx.Param(jnp.zeros(shape), axes=axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -60,22 +65,21 @@ class Projection(nnx.Module):
     def __init__(
         self,
         key: jax.Array,
-        inputs: dict[str, int],
-        outputs: dict[str, int],
+        inputs: Sizes,
+        outputs: Sizes,
+        stack: Sizes,
         *,
         bias: bool = False,
         gain: float = 1.0,
     ):
         self.contracted = len(inputs)
-        shape = (*inputs.values(), *outputs.values())
-        fan_in = 1
-        for size in inputs.values():
-            fan_in *= size
-        kernel = jax.random.normal(key, shape) * (gain * fan_in**-0.5)
-        self.kernel = nnx.Param(kernel, axes=(*inputs, *outputs))
+        shape = (*stack.values(), *inputs.values(), *outputs.values())
+        spread = gain * math.prod(inputs.values()) ** -0.5
+        kernel = spread * jax.random.normal(key, shape)
+        self.kernel = nnx.Param(kernel, axes=(*stack, *inputs, *outputs))
         if bias:
-            zeros = jnp.zeros(tuple(outputs.values()))
-            self.bias = nnx.Param(zeros, axes=tuple(outputs))
+            zeros = jnp.zeros((*stack.values(), *outputs.values()))
+            self.bias = nnx.Param(zeros, axes=(*stack, *outputs))
         self.has_bias = bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -89,26 +93,27 @@ class Projection(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions and an optional cache."""
 
-    def __init__(self, config: DecoderConfig, key: jax.Array):
+    def __init__(self, config: DecoderConfig, keys: jax.Array, stack: Sizes):
         self.config = config
-        keys = jax.random.split(key, 4)
         model = {"embed": config.hidden_size}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
         bias = config.attention_bias
-        self.q = Projection(keys[0], model, heads, bias=bias)
-        self.k = Projection(keys[1], model, kv_heads, bias=bias)
-        self.v = Projection(keys[2], model, kv_heads, bias=bias)
+        self.q = Projection(keys[0], model, heads, stack, bias=bias)
+        self.k = Projection(keys[1], model, kv_heads, stack, bias=bias)
+        self.v = Projection(keys[2], model, kv_heads, stack, bias=bias)
         self.o = Projection(
             keys[3],
             heads,
             model,
+            stack,
             bias=config.attention_out_bias,
             gain=(2 * config.num_layers) ** -0.5,
         )
         if config.qk_norm:
-            self.q_norm = Norm(config, config.head_dim, "head_dim")
-            self.k_norm = Norm(config, config.head_dim, "head_dim")
+            width = {"head_dim": config.head_dim}
+            self.q_norm = Norm(config, width, stack)
+            self.k_norm = Norm(config, width, stack)
 
     def __call__(
         self,
@@ -151,14 +156,13 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """Gated feed-forward block: `down(activation(gate(x)) * up(x))`."""
 
-    def __init__(self, config: DecoderConfig, key: jax.Array):
+    def __init__(self, config: DecoderConfig, keys: jax.Array, stack: Sizes):
         self.config = config
-        keys = jax.random.split(key, 3)
         model, inner = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
-        self.gate = Projection(keys[0], model, inner)
-        self.up = Projection(keys[1], model, inner)
+        self.gate = Projection(keys[0], model, inner, stack)
+        self.up = Projection(keys[1], model, inner, stack)
         gain = (2 * config.num_layers) ** -0.5
-        self.down = Projection(keys[2], inner, model, gain=gain)
+        self.down = Projection(keys[2], inner, model, stack, gain=gain)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = self.gate(x)
@@ -170,18 +174,23 @@ class FeedForward(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm residual layer; Gemma 2 norms each block's output too."""
+    """Pre-norm residual layer; Gemma 2 norms each block's output too.
 
-    def __init__(self, config: DecoderConfig, key: jax.Array):
+    Made with its parameters stacked (`stack` names and sizes the leading axes), called
+    with those of one layer.
+    """
+
+    def __init__(self, config: DecoderConfig, key: jax.Array, stack: Sizes):
         self.config = config
-        key_attention, key_mlp = jax.random.split(key)
-        self.input_norm = Norm(config, config.hidden_size)
-        self.attention = Attention(config, key_attention)
-        self.mlp_norm = Norm(config, config.hidden_size)
-        self.mlp = FeedForward(config, key_mlp)
+        keys = jax.random.split(key, 7)
+        model = {"embed": config.hidden_size}
+        self.input_norm = Norm(config, model, stack)
+        self.attention = Attention(config, keys[:4], stack)
+        self.mlp_norm = Norm(config, model, stack)
+        self.mlp = FeedForward(config, keys[4:], stack)
         if config.post_norms:
-            self.attention_out_norm = Norm(config, config.hidden_size)
-            self.mlp_out_norm = Norm(config, config.hidden_size)
+            self.attention_out_norm = Norm(config, model, stack)
+            self.mlp_out_norm = Norm(config, model, stack)
 
     def __call__(
         self,

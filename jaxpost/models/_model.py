@@ -113,11 +113,7 @@ def param_axes(config: DecoderConfig) -> Params:
     """Logical axis names of every parameter, a tree of tuples like the parameters'."""
     _, state = _split(config)
 
-    def names(path, variable):
-        stacked = ("layers",) if path[0] == "layers" else ()
-        return (*stacked, *variable.axes)
-
-    flat = {path: names(path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    flat = {path: leaf.axes for path, leaf in nnx.to_flat_state(state)}
     return nnx.traversals.unflatten_mapping(flat)
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpost import models
 
@@ -75,12 +76,20 @@ CONFIGS = {
 
 
 def build(config: models.DecoderConfig, dtype=jnp.float32) -> models.Model:
-    """Parameters far from their initial values, so that none can be forgotten."""
-    model = models.build(config, jax.random.key(3), dtype=jnp.float32)
-    leaves, tree = jax.tree.flatten(model.params)
-    keys = jax.random.split(jax.random.key(4), len(leaves))
-    leaves = [
-        (leaf + 0.2 * jax.random.normal(key, leaf.shape)).astype(dtype)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return model.replace(params=jax.tree.unflatten(tree, leaves))
+    """Parameters far from their initial values, so that none can be forgotten.
+
+    Drawn by NumPy, which compiles nothing.
+    """
+    model = models.build(config, abstract=True)
+    draw = np.random.default_rng(3)
+
+    def values(path, leaf):
+        spread, centre = leaf.shape[-1] ** -0.5, 0.0
+        if path[-1].key == "scale":
+            centre = 1.0 - config.norm_offset
+        value = centre + spread * draw.standard_normal(leaf.shape)
+        return jnp.asarray(value.astype(np.float32), dtype)
+
+    return model.replace(
+        params=jax.tree_util.tree_map_with_path(values, model.params)
+    )

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from oracles import decoder as oracle
 
 from jaxpost import ops
@@ -216,7 +217,7 @@ def _dtypes_of(jaxpr, names):
     for equation in jaxpr.eqns:
         if equation.primitive.name in names:
             yield equation.outvars[0].aval.dtype
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             yield from _dtypes_of(inner, names)
 
 
