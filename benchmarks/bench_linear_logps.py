@@ -118,7 +118,7 @@ def check(contestants, arguments) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Benchmark linear_token_logps.")
     parser.add_argument("--shape", choices=SHAPES, default="wide-vocab")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--chunk-size", type=int, default=None)

@@ -51,7 +51,9 @@ def linear_token_logps(
     `hidden` and the head's weight and bias, from `logps` and `entropy`. They cost four
     products of the size of the logits' in all, since the backward pass builds each
     chunk's logits again. With `grad_weights`, three: the gradients are formed in the
-    forward pass, from logits that are there anyway.
+    forward pass, from logits that are there anyway. Under `jit` with a batch sharded
+    over devices, they add up the head's gradient once per chunk; within `shard_map`
+    (with or without `vocab_axis`) once per call. Reverse mode only.
 
     Args:
         hidden: states after the last norm, float `[B, T, D]` (any axes before `D`).

@@ -8,6 +8,8 @@ import pytest
 from oracles import logps as oracle
 
 from jaxpost import ops
+from jaxpost.ops import _linear_chunk, _linear_logps
+from jaxpost.ops._chunks import plan_layout
 from jaxpost.typing import Head
 
 B, T, D, V = 3, 5, 4, 11
@@ -82,7 +84,7 @@ def gradients(kind, loss, **options):
 @pytest.mark.parametrize(
     "options", [{}, {"mask": MASK}, {"grad_weights": MASK}], ids=["all", "mask", "hint"]
 )
-@pytest.mark.parametrize("asked", ["foreseen", "other", "entropy"])
+@pytest.mark.parametrize("asked", ["foreseen", "other", "entropy", "bonus"])
 def test_gradients_equal_autodiff(kind, options, asked):
     """Also where the hint of `grad_weights` turns out wrong."""
 
@@ -91,6 +93,8 @@ def test_gradients_equal_autodiff(kind, options, asked):
             return 2.5 * jnp.sum(stats.logps * MASK.astype(float)) / 3.0
         if asked == "other":
             return jnp.sum(stats.logps * COTANGENT)
+        if asked == "bonus":  # the hint is right about logps, but entropy counts too
+            return jnp.sum(stats.logps * MASK.astype(float) + stats.entropy)
         return jnp.sum(stats.logps * COTANGENT + stats.entropy * COTANGENT[::-1])
 
     with jax.enable_x64(True):
@@ -98,6 +102,34 @@ def test_gradients_equal_autodiff(kind, options, asked):
         found, wanted = gradients(kind, loss, **options)
         chex.assert_trees_all_close(found, wanted, rtol=1e-10, atol=1e-12)
         assert float(jnp.max(jnp.abs(found[1][1].weight))) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["mask", "grad_weights"])
+def test_one_device_and_tiled_sums_change_nothing(name, monkeypatch):
+    """One device walks all tokens as one row; large gradients are summed in tiles."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(_linear_chunk, "TILE_BYTES", 2 * V * 8)
+
+    def loss(stats):
+        return jnp.sum(stats.logps)
+
+    with jax.enable_x64(True):
+        found, wanted = gradients("full", loss, **{name: jnp.asarray(MASK)})
+        chex.assert_trees_all_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("shape", [(3, 5), (8, 16), (7, 1), (2, 3, 5), (1, 1)])
+@pytest.mark.parametrize("chunk_size", [1, 4, 1000])
+def test_arranged_tokens_come_back(shape, chunk_size, devices, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    layout = plan_layout(shape, chunk_size)
+    assert layout.rows * layout.columns <= max(chunk_size, layout.rows)
+    assert shape[0] % layout.rows == 0
+    tokens = jnp.arange(2 * np.prod(shape)).reshape(*shape, 2)
+    arranged = layout.arrange(tokens)
+    assert arranged.shape == (layout.rows, layout.chunks * layout.columns, 2)
+    np.testing.assert_array_equal(layout.restore(arranged), tokens)
 
 
 @pytest.mark.usefixtures("strict_dtypes")
@@ -187,28 +219,24 @@ def test_an_empty_mask_gives_zeros():
         np.testing.assert_array_equal(bar, 0.0)
 
 
-def test_masked_chunks_cost_no_product():
+def test_masked_chunks_cost_no_product(monkeypatch):
     """Only one of eight tokens is scored: the loop's trip count shrinks with them."""
-    from jaxpost.ops import _linear_logps
-
     seen = []
 
     def spy(settings, inputs):
         seen.append((int(inputs.trips), inputs.hidden.shape[1] // settings.columns))
         return original(settings, inputs)
 
-    original, _linear_logps._sweep = _linear_logps._sweep, spy
-    try:
-        mask = jnp.zeros((4, 8), bool).at[:, 7].set(True)
-        ops.linear_token_logps(
-            jnp.ones((4, 8, D)),
-            jnp.float32(WEIGHT),
-            jnp.zeros((4, 8), int),
-            mask=mask,
-            chunk_size=4,
-        )
-    finally:
-        _linear_logps._sweep = original
+    original = _linear_logps._sweep
+    monkeypatch.setattr(_linear_logps, "_sweep", spy)
+    mask = jnp.zeros((4, 8), bool).at[:, 7].set(True)
+    ops.linear_token_logps(
+        jnp.ones((4, 8, D)),
+        jnp.float32(WEIGHT),
+        jnp.zeros((4, 8), int),
+        mask=mask,
+        chunk_size=4,
+    )
     assert seen == [(1, 8)]
 
 
