@@ -45,9 +45,11 @@ class SamplingConfig:
         _check_count("max_new_tokens", self.max_new_tokens)
         if self.top_k is not None:
             _check_count("top_k", self.top_k)
-        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
+        # Below this, float32 logits divided by it overflow.
+        usable = self.temperature == 0.0 or self.temperature >= 1e-6
+        if not (math.isfinite(self.temperature) and usable):
             raise ValueError(
-                "temperature must be finite and not negative (0 is greedy), got "
+                "temperature must be 0 (greedy) or finite and at least 1e-6, got "
                 f"{self.temperature}."
             )
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:

@@ -61,9 +61,9 @@ def sample(
     Source: inverse transform sampling, Devroye (1986), "Non-Uniform Random Variate
     Generation", section III.2.
     """
-    scaled = raw / values.temperature
-    maximum = jnp.max(scaled, axis=-1, keepdims=True)
-    shifted = scaled - maximum
+    # Subtracted before scaling, so that scaled logits are never stored.
+    inverse = 1.0 / values.temperature
+    shifted = raw_shifted = (raw - jnp.max(raw, axis=-1, keepdims=True)) * inverse
     weights = jnp.exp(shifted)
     blocks = _block_sums(weights)
     total = jnp.sum(blocks, axis=-1)
@@ -74,8 +74,8 @@ def sample(
 
     same = processed is raw
     if not same:
-        scaled = processed / values.temperature
-        shifted = scaled - jnp.max(scaled, axis=-1, keepdims=True)
+        maximum = jnp.max(processed, axis=-1, keepdims=True)
+        shifted = (processed - maximum) * inverse
     if plan.greedy:
         tokens = _first_maximum(processed)
         sampling_logps = jnp.zeros_like(total)
@@ -91,7 +91,7 @@ def sample(
         tokens = _draw_blocked(weights, blocks, uniforms)
         chosen = _pick(shifted, tokens)
         sampling_logps = chosen - jnp.log(jnp.sum(blocks, axis=-1))
-    logps = _pick(raw, tokens) / values.temperature - maximum[:, 0] - log_total
+    logps = _pick(raw_shifted, tokens) - log_total
     return Draw(tokens, logps, sampling_logps, entropies)
 
 

@@ -162,6 +162,7 @@ def test_float32_only(strict_dtypes):
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 2.5}, "max_new_tokens"),
         ({"temperature": -1.0}, "temperature"),
+        ({"temperature": 1e-30}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": 0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
