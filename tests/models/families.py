@@ -90,6 +90,4 @@ def build(config: models.DecoderConfig, dtype=jnp.float32) -> models.Model:
         value = centre + spread * draw.standard_normal(leaf.shape)
         return jnp.asarray(value.astype(np.float32), dtype)
 
-    return model.replace(
-        params=jax.tree_util.tree_map_with_path(values, model.params)
-    )
+    return model.replace(params=jax.tree_util.tree_map_with_path(values, model.params))
