@@ -137,8 +137,9 @@ class DecoderConfig:
         post_norms: norms after attention and feed-forward too (Gemma 2).
         tie_embeddings: the head is the transposed embedding.
         head_bias: the head has a bias (untied heads only).
-        remat: what the backward pass recomputes: "none", "dots" (all but matrix
-            products) or "full" (each layer from its input).
+        remat: what the backward pass recomputes: "none", only what is elementwise
+            (which is faster than storing it); "dots", attention too; "full", each layer
+            from its input.
         attention_implementation: passed to `ops.attention`; None chooses.
         experts: mixture of experts in place of the feed-forward block, or None.
 

@@ -74,10 +74,15 @@ class Decoder(nnx.Module):
 
 
 def _remat(step, policy: str):
-    if policy == "none":
-        return step
+    """What a layer keeps for its backward pass; see `DecoderConfig.remat`."""
+    policies = jax.checkpoint_policies
+    keep = {
+        "none": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names("attention"),
+        ),
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "full": None,
+    }[policy]
     # The scan's loop boundary already keeps recomputation from being merged back.
-    if policy == "full":
-        return jax.checkpoint(step, prevent_cse=False)
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(step, prevent_cse=False, policy=dots)
+    return jax.checkpoint(step, prevent_cse=False, policy=keep)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 # 128 x 128 was the fastest on CPU (a block of scores stays in cache).
 _BLOCK_CPU = 128
@@ -155,7 +156,9 @@ def _forward(layout, query, key, value, mask):
     numbers = jnp.arange(layout.query_blocks, dtype=jnp.int32)
     low, high = _key_bounds(blocks)
     _, (mixed, lse) = jax.lax.scan(query_step, None, (numbers, queries, low, high))
-    mixed = _from_query_blocks(mixed, layout)
+    # Named for rematerialisation policies: costly to compute, cheap to keep.
+    mixed = checkpoint_name(_from_query_blocks(mixed, layout), "attention")
+    lse = checkpoint_name(lse, "attention")
     return mixed, (query, key, value, mask, mixed, lse)
 
 
