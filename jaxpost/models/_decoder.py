@@ -41,6 +41,10 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
     ) -> ModelOutput:
         x = self.embed(tokens)
+        if segment_ids is not None:
+            # Padding starts at zero, so no bad id or row reaches a gradient through it.
+            real = (segment_ids != 0)[:, :, None]
+            x = jnp.where(real, x, jnp.zeros_like(x))
         if self.config.embed_scale != 1.0:
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)
         wide = jnp.promote_types(x.dtype, jnp.float32)

@@ -5,6 +5,7 @@ the dtype of their input; norms and softmax in float32 or wider.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +21,19 @@ Sizes = dict[str, int]
 """Logical axis names and their sizes, in order."""
 
 
-class Context(nnx.Pytree):
+class Context(NamedTuple):
     """What every layer of one forward pass shares.
 
     Fields:
         cos, sin: rotary tables `[B, T, R / 2]`.
-        positions, segments: int32 `[B, T]`, segments or None.
+        positions: int32 `[B, T]`.
+        segments: int32 `[B, T]`, or None.
     """
 
-    def __init__(self, cos, sin, positions, segments):
-        self.cos = nnx.data(cos)
-        self.sin = nnx.data(sin)
-        self.positions = nnx.data(positions)
-        self.segments = nnx.data(segments)
+    cos: jax.Array
+    sin: jax.Array
+    positions: jax.Array
+    segments: jax.Array | None
 
 
 class Norm(nnx.Module):

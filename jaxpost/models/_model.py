@@ -92,12 +92,14 @@ def build(
         )
     if key is None and not abstract:
         raise ValueError("models.build needs a key unless abstract=True.")
-    init = functools.partial(_init, config, dtype)
+    init = functools.partial(_init, config, jnp.dtype(dtype))
     shapes = jax.eval_shape(init, jax.random.key(0))
     placement = None
     if mesh is not None:
         axes = param_axes(config)
         placement = parallel.shardings(axes, mesh, rules, shapes=shapes)
+    if not abstract and placement is None:
+        return Model(init(key), config)
     if not abstract:
         return Model(jax.jit(init, out_shardings=placement)(key), config)
     if placement is not None:
@@ -117,6 +119,7 @@ def param_axes(config: DecoderConfig) -> Params:
     return nnx.traversals.unflatten_mapping(flat)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _init(config: DecoderConfig, dtype: Any, key: jax.Array) -> Params:
     state = nnx.to_pure_dict(nnx.state(Decoder(config, key), nnx.Param))
     return jax.tree.map(lambda leaf: leaf.astype(dtype), state)

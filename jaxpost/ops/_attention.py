@@ -77,7 +77,7 @@ def attention(
         if segments is not None:
             chex.assert_equal_shape([segments, positions])
     if implementation is None:
-        implementation = _choose(query, softcap)
+        implementation = _choose(query, key, softcap)
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation must be one of {', '.join(get_args(Implementation))} or "
@@ -124,11 +124,14 @@ def _check(query, key, value, query_positions, key_positions):
         )
 
 
-def _choose(query: jax.Array, softcap: float | None) -> Implementation:
+def _choose(query: jax.Array, key: jax.Array, softcap: float | None) -> Implementation:
     if query.shape[1] == 1:
         return "xla"
     half = query.dtype in (jnp.float16, jnp.bfloat16)
-    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
+    width = query.shape[-1]
+    # What the fused kernels take in every cuDNN version of the last years.
+    fits = width % 8 == 0 and width <= 128
+    fits = fits and query.shape[1] % 64 == 0 and key.shape[1] % 64 == 0
     if softcap is None and half and fits and _has_cudnn():
         return "cudnn"
     return "chunked"

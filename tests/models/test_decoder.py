@@ -121,10 +121,7 @@ def test_masked_tokens_change_nothing():
     for row in (table[2], jnp.full_like(table[1], jnp.nan)):
         other_loss, other = gradient(row)
         assert loss == other_loss
-        if np.isfinite(row).all():
-            jax.tree.map(np.testing.assert_array_equal, gradients, other)
-    # A NaN activation times a zero gradient is NaN in a matrix product's gradient, so
-    # a NaN weight is contained in the loss and in attention, not in every gradient.
+        jax.tree.map(np.testing.assert_array_equal, gradients, other)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
