@@ -154,19 +154,19 @@ def _forward(layout, query, key, value, mask):
         return None, ((mixed / safe[..., None]).astype(query.dtype), lse)
 
     numbers = jnp.arange(layout.query_blocks, dtype=jnp.int32)
-    low, high = _key_bounds(blocks)
-    _, (mixed, lse) = jax.lax.scan(query_step, None, (numbers, queries, low, high))
+    bounds = checkpoint_name(_key_bounds(blocks), "attention")
+    _, (mixed, lse) = jax.lax.scan(query_step, None, (numbers, queries, *bounds))
     # Named for rematerialisation policies: costly to compute, cheap to keep.
     mixed = checkpoint_name(_from_query_blocks(mixed, layout), "attention")
     lse = checkpoint_name(lse, "attention")
-    return mixed, (query, key, value, mask, mixed, lse)
+    return mixed, (query, key, value, mask, mixed, lse, bounds)
 
 
 def _backward(layout, residuals, gradient):
-    query, key, value, mask, mixed, lse = residuals
+    query, key, value, mask, mixed, lse, bounds = residuals
     query_positions, key_positions, query_segments, key_segments, window = mask
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    # Rows that nothing depends on take no part: neither their NaNs nor their blocks.
+    # Rows that nothing depends on take no part, so their NaNs do not spread.
     active = jnp.any(gradient != 0, axis=(2, 3))
     query_segments = jnp.where(active, query_segments, 0)
     mask = (query_positions, key_positions, query_segments, key_segments, window)
@@ -206,7 +206,7 @@ def _backward(layout, residuals, gradient):
 
     numbers = jnp.arange(layout.query_blocks, dtype=jnp.int32)
     zeros = (jnp.zeros(keys.shape, wide), jnp.zeros(values.shape, wide))
-    inputs = (numbers, queries, gradients, deltas, lse, *_key_bounds(blocks))
+    inputs = (numbers, queries, gradients, deltas, lse, *bounds)
     (d_keys, d_values), d_queries = jax.lax.scan(query_step, zeros, inputs)
     d_query = layout.scale * _from_query_blocks(d_queries, layout)
     d_key = layout.scale * _from_key_blocks(d_keys)
@@ -300,9 +300,9 @@ def _key_bounds(blocks: _MaskBlocks) -> tuple[jax.Array, jax.Array]:
     touch &= jnp.any(valid_query, axis=2)[:, None] & jnp.any(valid_key, axis=2)[None]
     some = jnp.any(touch, axis=2)
     count = some.shape[1]
-    low = jnp.argmax(some, axis=1).astype(jnp.int32)
-    high = count - jnp.argmax(some[:, ::-1], axis=1).astype(jnp.int32)
-    return low, jnp.where(jnp.any(some, axis=1), high, low)
+    numbers = jnp.arange(count, dtype=jnp.int32)[None, :]
+    low = jnp.min(jnp.where(some, numbers, count), axis=1)
+    return low, jnp.max(jnp.where(some, numbers + 1, 0), axis=1)
 
 
 def _extremes(x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
