@@ -70,12 +70,8 @@ def attention(
     soft cap: Gemma Team (2024), "Gemma 2", section 2.
     """
     _check(query, key, value, query_positions, key_positions)
-    for segments, positions in (
-        (query_segments, query_positions),
-        (key_segments, key_positions),
-    ):
-        if segments is not None:
-            chex.assert_equal_shape([segments, positions])
+    _check_segments(query_segments, query_positions)
+    _check_segments(key_segments, key_positions)
     if implementation is None:
         implementation = _choose(query, key, softcap)
     if implementation not in get_args(Implementation):
@@ -122,6 +118,11 @@ def _check(query, key, value, query_positions, key_positions):
             f"query has {heads} heads, which is not a multiple of the {key.shape[2]} "
             "heads of key and value."
         )
+
+
+def _check_segments(segments, positions):
+    if segments is not None:
+        chex.assert_equal_shape([segments, positions])
 
 
 def _choose(query: jax.Array, key: jax.Array, softcap: float | None) -> Implementation:
