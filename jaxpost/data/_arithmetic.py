@@ -25,6 +25,8 @@ GRADES = (1, 2, 3, 4)
 LIMIT = 99
 """The largest number in a problem or its worked answer."""
 
+_PRODUCT = 12  # largest factor
+
 _TEST_SHARE = 26 / 256  # of all distinct calculations
 
 _SHE = ("Mia", "Anna", "Sara", "Lena", "Zoe", "Ruth", "Nora", "Ivy", "Clara", "Maya")
@@ -42,7 +44,8 @@ _WARES = tuple(
 )
 _HOLDERS = ("boxes", "bags", "baskets", "jars", "packs", "bowls")
 
-# Fields: {n} a child, {s} she, {S} She, {h} her, {f} another, {t} things, {b} number.
+# Fields: {n} a child, {s} she, {S} She, {h} her, {f} another, {t} things, {b} number,
+# {o} place in the order of events.
 _STARTS = (
     "{n} has {b} {t}.",
     "{n} starts the day with {b} {t}.",
@@ -54,27 +57,28 @@ _GROUP_STARTS = (
     "{n} buys {a} {c} of {b} {t} each.",
     "{n} fills {a} {c} with {b} {t} each.",
 )
+_ORDER = ("Then", "Next", "Later", "Finally")  # also begins the line of the answer
 _MORE = (
-    "{f} gives {h} {b} more {t}.",
-    "Then {s} buys {b} more {t}.",
-    "Later {s} finds {b} more {t}.",
-    "After lunch {s} gets {b} new {t} from {f}.",
-    "On the way home {s} collects {b} more.",
+    "{o} {f} gives {h} {b} more {t}.",
+    "{o} {s} buys {b} more {t}.",
+    "{o} {s} finds {b} more {t}.",
+    "{o} {s} gets {b} new {t} from {f}.",
+    "{o} {s} collects {b} more.",
 )
 _LESS = (
-    "{S} gives {b} of them to {f}.",
-    "Then {s} loses {b} {t}.",
-    "Later {s} sells {b} of the {t}.",
-    "{f} takes {b} of the {t}.",
-    "{S} puts {b} of them away for {f}.",
+    "{o} {s} gives {b} of them to {f}.",
+    "{o} {s} loses {b} {t}.",
+    "{o} {s} sells {b} of the {t}.",
+    "{o} {f} takes {b} of the {t}.",
+    "{o} {s} puts {b} of them away.",
 )
 _TIMES = (
-    "By the evening {s} has {b} times as many.",
-    "After a week {s} has {b} times that many {t}.",
+    "{o} {s} makes it {b} times as many.",
+    "{o} {s} trades them for {b} times as many {t}.",
 )
 _SHARES = (
-    "{S} sorts them into {b} equal piles and keeps one pile.",
-    "{S} splits them equally among {b} children and keeps only one share.",
+    "{o} {s} sorts them into {b} equal piles and keeps one pile.",
+    "{o} {s} splits them equally among {b} children and keeps only one share.",
 )
 _TICKETS = (
     "{S} also gets {a} tickets to the fair at {b} dollars each.",
@@ -156,47 +160,54 @@ class _Draft:
             raise _OutOfRangeError
         return self.rng.randint(low, high)
 
+    def change(self, high: int) -> int:
+        """A number up to `high` to add or take away: mostly of one digit."""
+        most = 9 if self.rng.random() < 0.75 else 20
+        return self.number(2, min(most, high))
+
+    def round_number(self) -> int:
+        """A multiple of ten."""
+        return 10 * self.number(1, LIMIT // 10)
+
 
 def _inventory(draft: _Draft, steps: int) -> int:
     """One child's things grow and shrink, `steps` times."""
-    if draft.rng.random() < 0.3:
+    if draft.rng.random() < 0.25:
         groups = draft.number(2, 9)
-        each = draft.number(2, min(12, LIMIT // groups))
+        each = draft.number(2, min(_PRODUCT, LIMIT // groups))
         draft.say(_GROUP_STARTS, a=groups, b=each, c=draft.rng.choice(_HOLDERS))
         count = draft.work(groups, "*", each, "{n} has {w} {t}.")
         steps -= 1
     else:
         count = draft.number(2, LIMIT - 2)
         draft.say(_STARTS, b=count)
-    for _ in range(steps):
-        count = _event(draft, count)
+    for order in _ORDER[:steps]:
+        count = _event(draft, count, order)
     draft.say(_INVENTORY_QUESTIONS)
     return count
 
 
-def _event(draft: _Draft, count: int) -> int:
+def _event(draft: _Draft, count: int, order: str) -> int:
+    """One thing that happens to a number of things."""
     kind = draft.rng.choices("+-*/", weights=(8, 8, 3, 3))[0]
     if kind == "+":
-        by, choices, line = (
-            draft.number(2, LIMIT - count),
-            _MORE,
-            "{S} now has {w} {t}.",
-        )
+        by, choices, line = draft.change(LIMIT - count), _MORE, "{o} {s} has {w} {t}."
     elif kind == "-":
-        by, choices, line = draft.number(2, count - 2), _LESS, "{S} has {w} {t} left."
+        by, choices, line = draft.change(count - 2), _LESS, "{o} {s} has {w} {t} left."
     elif kind == "*":
-        by, choices, line = (
-            draft.number(2, min(5, LIMIT // count)),
-            _TIMES,
-            ("{S} then has {w} {t}."),
-        )
+        by, choices = draft.number(2, min(5, LIMIT // count)), _TIMES
+        line = "{o} {s} has {w} {t}."
     else:
         divisors = [d for d in range(2, 10) if count % d == 0 and count // d >= 2]
         if not divisors:
             raise _OutOfRangeError
-        by, choices, line = draft.rng.choice(divisors), _SHARES, "{S} keeps {w} {t}."
-    draft.say(choices, b=by)
-    return draft.work(count, kind, by, line)
+        by, choices, line = (
+            draft.rng.choice(divisors),
+            _SHARES,
+            "{o} {s} keeps {w} {t}.",
+        )
+    draft.say(choices, b=by, o=order)
+    return draft.work(count, kind, by, line, o=order)
 
 
 def _relation(draft: _Draft, first: str, count: int, second: str) -> int:
@@ -206,10 +217,10 @@ def _relation(draft: _Draft, first: str, count: int, second: str) -> int:
         by = draft.number(2, min(5, LIMIT // count))
         sentence = "{y} has {b} times as many {t} as {x}."
     elif kind == "+":
-        by = draft.number(2, LIMIT - count)
+        by = draft.change(LIMIT - count)
         sentence = "{y} has {b} more {t} than {x}."
     else:
-        by = draft.number(2, count - 2)
+        by = draft.change(count - 2)
         sentence = "{y} has {b} fewer {t} than {x}."
     draft.say((sentence,), x=first, y=second, b=by)
     return draft.work(count, kind, by, "{y} has {w} {t}.", y=second)
@@ -218,7 +229,8 @@ def _relation(draft: _Draft, first: str, count: int, second: str) -> int:
 def _compare(draft: _Draft, steps: int) -> int:
     """Two or three children's things, told by their differences and then added up."""
     a, b, c = draft.name, draft.friend, draft.third
-    count_a = draft.number(2, LIMIT - 2)
+    is_round = draft.rng.random() < 0.5
+    count_a = draft.round_number() if is_round else draft.number(2, LIMIT // 2)
     draft.say(_STARTS[:3:2], b=count_a)
     count_b = _relation(draft, a, count_a, b)
     if steps == 1:
@@ -239,7 +251,7 @@ def _compare(draft: _Draft, steps: int) -> int:
 def _shopping(draft: _Draft, steps: int) -> int:
     """Things bought at a price each, another ware, and the change."""
     many = draft.number(2, 9)
-    price = draft.number(2, min(12, LIMIT // many))
+    price = draft.number(2, min(_PRODUCT, LIMIT // many))
     draft.say(("{n} buys {a} {t} at {b} dollars each.",), a=many, b=price)
     cost = draft.work(many, "*", price, "The {t} cost {w} dollars.")
     if steps == 1:
@@ -247,11 +259,11 @@ def _shopping(draft: _Draft, steps: int) -> int:
         return cost
     if steps == 4:
         tickets = draft.number(2, 5)
-        each = draft.number(2, min(15, LIMIT // tickets))
+        each = draft.number(2, min(_PRODUCT, LIMIT // tickets))
         draft.say(_TICKETS, a=tickets, b=each)
         other = draft.work(tickets, "*", each, "The tickets cost {w} dollars.")
     else:
-        other = draft.number(2, min(30, LIMIT - cost))
+        other = draft.change(LIMIT - cost)
         draft.say(
             ("{S} also buys a {c} for {b} dollars.",),
             b=other,
@@ -261,7 +273,7 @@ def _shopping(draft: _Draft, steps: int) -> int:
     if steps == 2:
         draft.say(("How many dollars does {n} spend in all?",))
         return total
-    paid = draft.number(total + 2, LIMIT)
+    paid = draft.round_number()  # where it is too little, the draft is given up
     draft.say(("{S} came with {b} dollars.", "At first {s} had {b} dollars."), b=paid)
     draft.say(("How many dollars are left?", "How many dollars does {s} keep?"))
     return draft.work(paid, "-", total, "{S} has {w} dollars left.")
@@ -269,7 +281,7 @@ def _shopping(draft: _Draft, steps: int) -> int:
 
 _Scene = Callable[[_Draft, int], int]
 _SCENES: tuple[_Scene, ...] = (_inventory, _compare, _shopping)
-_WEIGHTS = (2, 1, 1)
+_WEIGHTS = (4, 2, 2)
 
 
 def arithmetic_problem(grade: int, rng: random.Random) -> Problem:

@@ -51,9 +51,9 @@ class DemoConfig:
     name: str | None = None
     run_root: str = "runs"
     seed: int = 0
-    base_steps: int = 160
-    steps: int = 560
-    batch_size: int = 24
+    base_steps: int = 300
+    steps: int = 1000
+    batch_size: int = 16
     max_length: int = 128
     base_problems: int = 12_000
     problems: int = 24_000
@@ -62,7 +62,7 @@ class DemoConfig:
     intermediate_size: int = 352
     num_layers: int = 4
     num_heads: int = 4
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -176,6 +176,8 @@ def base_config(config: DemoConfig, folder: pathlib.Path) -> sft.SFTConfig:
         steps=config.base_steps,
         model=ModelSection(
             tokenizer=str(folder / "tokenizer"),
+            family="qwen3",  # normalised queries and keys bear the high learning rate
+            tie_embeddings=False,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_layers=config.num_layers,
@@ -226,7 +228,9 @@ def _config(
         optimizer=training.OptimizerConfig(
             name="muon",  # fewer steps than AdamW to the same loss, at this size
             learning_rate=config.learning_rate,
-            warmup_fraction=0.05,
+            schedule="wsd",
+            decay_fraction=0.6,
+            warmup_fraction=0.03,
             final_fraction=0.02,
             b1=0.95,
             b2=0.98,

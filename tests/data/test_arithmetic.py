@@ -60,14 +60,13 @@ def test_most_problems_take_two_or_more_steps(rows):
 
 @pytest.mark.parametrize("grade", arithmetic.GRADES)
 def test_over_a_million_problems_exist(grade):
-    # Birthday bound: n distinct of n draws from a set of size s happens with a
-    # probability under exp(-n (n - 1) / 2 s), less than 1e-8 for s = 10**6.
+    # Of n draws from s equally likely problems, n (n - 1) / 2 s are expected to repeat
+    # an earlier one; unequal chances give more repeats.
     rng = random.Random(grade)
-    drawn = [arithmetic.arithmetic_problem(grade, rng) for _ in range(6100)]
-    collisions = len(drawn) - len({problem.question for problem in drawn})
-    # Expected collisions for s = 10**6 and uniform draws are 18.6; more problems or
-    # fewer repeats give fewer, uneven draws more.
-    assert collisions < 18.6 / 2
+    n, s = 24_000, 10**6
+    drawn = {arithmetic.arithmetic_problem(grade, rng).question for _ in range(n)}
+    expected = n * (n - 1) / (2 * s)
+    assert n - len(drawn) < expected - 3 * expected**0.5
 
 
 def test_splits_share_no_calculations_for_any_seed():
@@ -154,8 +153,7 @@ def test_wrong_grade():
 
 
 FIRST_TEST_ROW = (
-    "Nora has 43 coins. Ben has 22 fewer coins than Nora. How many coins "
-    "does Ben have?\n"
-    "Ben has 43 - 22 = 21 coins.\n"
-    "#### 21"
+    "Anna has 2 boxes with 8 comics in each. How many comics are there now?\n"
+    "Anna has 2 * 8 = 16 comics.\n"
+    "#### 16"
 )
