@@ -84,7 +84,13 @@ class Projection(nnx.Module):
         self.has_bias = bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contracted)
+        kernel = self.kernel[...].astype(x.dtype)
+        split = x.ndim - self.contracted
+        outputs = kernel.shape[self.contracted :]
+        # Of matrices: XLA transposes operands of other products' gradients in memory.
+        rows = x.reshape(-1, math.prod(x.shape[split:]))
+        y = rows @ kernel.reshape(rows.shape[1], -1)
+        y = y.reshape(*x.shape[:split], *outputs)
         if self.has_bias:
             bias = self.bias[...].astype(x.dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 
 CHUNK_BYTES = 32 * 2**20
 """Default size of one chunk's logits; larger ones gained nothing measurable on CPU."""
-MIN_CHUNK_CPU, MIN_CHUNK_ACCELERATOR, MAX_CHUNK = 256, 2048, 4096
+MIN_CHUNK_CPU, MIN_CHUNK_ACCELERATOR, MAX_CHUNK = 512, 2048, 4096
 
 
 def default_chunk_size(vocab: int, itemsize: int) -> int:
     """Tokens per chunk whose logits take about `CHUNK_BYTES`, but not too few.
 
     Each chunk reads and writes the whole gradient of the head, `2 / tokens` bytes for
-    each operation of its three products: memory keeps up with a CPU from about 256
+    each operation of its three products: memory keeps up with a CPU from about 512
     tokens on, with an accelerator from about 2048.
     """
     on_cpu = jax.default_backend() == "cpu"

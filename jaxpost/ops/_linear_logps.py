@@ -69,7 +69,7 @@ def linear_token_logps(
             hint for speed only: should the cotangent of `logps` turn out different, or
             that of `entropy` not zero, the backward pass computes the gradients anew.
             No gradient reaches it.
-        chunk_size: tokens per chunk; None chooses: 32 MiB of logits, but at least 256
+        chunk_size: tokens per chunk; None chooses: 32 MiB of logits, but at least 512
             tokens on CPU and 2048 elsewhere.
         temperature: divides the (capped) logits.
         with_entropy: also return the entropy of the whole distribution.
