@@ -88,16 +88,22 @@ class Contestant:
 def time_interleaved(
     contestants: Sequence[Contestant], arguments: Sequence[Any], *, rounds: int
 ) -> None:
-    """Run every compiled contestant once per round; results are dropped at once."""
+    """Run every compiled contestant once per round; results are dropped at once.
+
+    `Contestant.compile` has run each of them before.
+    """
     import jax
 
-    for contestant in contestants:
-        jax.block_until_ready(contestant.compiled(*arguments))
-    for _ in range(rounds):
+    for number in range(1, rounds + 1):
         for contestant in contestants:
             start = time.perf_counter()
             jax.block_until_ready(contestant.compiled(*arguments))
             contestant.times_s.append(time.perf_counter() - start)
+            print(
+                f"round {number} of {rounds}: {contestant.name:<24} "
+                f"{contestant.times_s[-1]:.3f} s",
+                flush=True,
+            )
 
 
 def peak_bytes_of_first_run(contestant: Contestant, arguments: Sequence[Any]) -> int:

@@ -52,6 +52,7 @@ TORCH, TUNIX, OWN = ".venv-rivals-torch", ".venv-rivals-tunix", ".venv"
 ENTRIES = (
     Entry(OURS, OWN, "sft_jaxpost.py"),
     Entry("TRL", TORCH, "sft_trl.py"),
+    Entry("TRL, compiled", TORCH, "sft_trl.py", ("--compile", "1")),
     Entry("transformers", TORCH, "sft_transformers.py"),
     Entry("transformers, compiled", TORCH, "sft_transformers.py", ("--compile", "1")),
     Entry("Tunix", TUNIX, "sft_tunix.py"),

@@ -99,6 +99,24 @@ def train(arguments: Sequence[str]) -> int:
     return 0
 
 
+def verify_resume(arguments: Sequence[str]) -> int:
+    """Kill a run at random moments, resume it, and compare it bit for bit."""
+    from jaxpost.recipes.verify_resume import verify_resume
+
+    kills, flags = _take_number("--kills", arguments, 1)
+    seed, flags = _take_number("--kill-seed", flags, 0)
+    path, flags = _take_config("verify-resume", flags)
+    if path is None:
+        sys.stdout.write(
+            "usage: jaxpost verify-resume CONFIG [--kills N] [--kill-seed N] "
+            "[--section.key value ...]\n"
+            "The flags of 'jaxpost train' apply; train.save_every must be set.\n"
+        )
+        return 0
+    verdicts = verify_resume(path, flags, kills=kills, seed=seed)
+    return 1 if any(verdict.problems for verdict in verdicts) else 0
+
+
 def data_check(arguments: Sequence[str]) -> int:
     """Show how a config's rows are tokenised and masked, and list their problems."""
     from jaxpost import recipes
@@ -154,6 +172,7 @@ class Verb:
 
 VERBS = {
     "train": Verb(train, computes=True),
+    "verify-resume": Verb(verify_resume),
     "generate": Verb(generate, computes=True),
     "convert": Verb(convert),
     "data check": Verb(data_check),
@@ -164,6 +183,7 @@ VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    from_shell = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_overview())
@@ -179,7 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = VERBS[name]
     if verb.computes:
         _keep_compiled_programs()
-        _use_huge_pages()
+        if from_shell:  # a program that calls this must not start anew
+            _use_huge_pages()
     try:
         return verb.run(rest)
     except KeyboardInterrupt:
@@ -187,12 +208,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _user_errors() as error:
         if os.environ.get("JAXPOST_TRACEBACK"):
             raise
-        return _fail(str(error))
+        return _fail(str(error), status=getattr(error, "status", 2))
 
 
 def _user_errors() -> tuple[type[BaseException], ...]:
     """Errors whose message alone tells a user what to mend."""
-    return (ValueError, OSError, NotImplementedError, FloatingPointError, ImportError)
+    errors = (ValueError, OSError, NotImplementedError, FloatingPointError, ImportError)
+    if "jaxpost.training" not in sys.modules:
+        return errors
+    from jaxpost import training
+
+    return (*errors, training.CheckpointError, training.PreemptedError)
 
 
 def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
@@ -200,9 +226,8 @@ def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
         name = " ".join(arguments[:words])
         if name in VERBS:
             return name, arguments[words:]
-    if arguments[0] == "data":
-        return " ".join(arguments[:2]), arguments[2:]
-    return arguments[0], arguments[1:]
+    words = [word for word in arguments[:2] if not word.startswith("-")]
+    return " ".join(words if arguments[0] == "data" else words[:1]), []
 
 
 def _unknown_verb(name: str) -> str:
@@ -235,6 +260,19 @@ def _parse(schema: type[Any], arguments: Sequence[str], prog: str) -> Any:
 
 def _take_switch(name: str, arguments: Sequence[str]) -> tuple[bool, list[str]]:
     return name in arguments, [word for word in arguments if word != name]
+
+
+def _take_number(
+    name: str, arguments: Sequence[str], default: int
+) -> tuple[int, list[str]]:
+    """The value of one flag, and the other words."""
+    words = list(arguments)
+    if name not in words:
+        return default, words
+    at = words.index(name)
+    if not words[at + 1 : at + 2] or not words[at + 1].isdigit():
+        raise ValueError(f"{name} needs a whole number.")
+    return int(words[at + 1]), words[:at] + words[at + 2 :]
 
 
 def _take_config(verb: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -9,4 +9,5 @@ import sys
 from jaxpost.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["convert", *sys.argv[1:]]))
+    sys.argv[1:1] = ["convert"]
+    sys.exit(main())

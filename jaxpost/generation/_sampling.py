@@ -67,10 +67,8 @@ def sample(
     weights = jnp.exp(shifted)
     blocks = _block_sums(weights)
     total = jnp.sum(blocks, axis=-1)
-    # Forbidden tokens have weight 0 and shifted -inf: their product must count as 0.
-    weighted = jnp.where(weights > 0.0, weights * shifted, 0.0)
     log_total = jnp.log(total)
-    entropies = log_total - jnp.sum(weighted, axis=-1) / total
+    entropies = log_total - _weighted_sums(weights, shifted) / total
 
     same = processed is raw
     if not same:
@@ -111,6 +109,24 @@ def draw_index(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
     # Rounding may leave the target just above the last sum.
     last = jnp.max(jnp.where(positive, index, 0), axis=-1)
     return jnp.minimum(first, last)
+
+
+def _weighted_sums(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """`sum_v weights values` of each row, where a weight of 0 counts as 0, `[B]`."""
+
+    def products(values: jax.Array) -> jax.Array:
+        # A product per row, because XLA on CPU would store terms to be summed.
+        return jnp.einsum(
+            "bv,bv->b", weights, values, precision=jax.lax.Precision.HIGHEST
+        )
+
+    sums = products(values)
+    # Forbidden tokens have weight 0 and value -inf, and their product is NaN.
+    return jax.lax.cond(
+        jnp.all(jnp.isfinite(sums)),
+        lambda: sums,
+        lambda: products(jnp.where(weights > 0.0, values, 0.0)),
+    )
 
 
 def _block_sums(weights: jax.Array) -> jax.Array:

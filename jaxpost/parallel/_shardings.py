@@ -63,7 +63,7 @@ def shardings(
         used: set[str] = set()
         spec = []
         for i, name in enumerate(names):
-            wanted = _mesh_axes(name, table, mesh)
+            wanted = mesh_axes(name, table, mesh)
             chosen = tuple(axis for axis in wanted if axis not in used)
             parts = int(np.prod([mesh.shape[axis] for axis in chosen], dtype=int))
             if leaf is not None and leaf.shape[i] % parts:
@@ -74,6 +74,43 @@ def shardings(
 
     trees = (axes,) if shapes is None else (axes, shapes)
     return jax.tree.map(one, *trees, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def shardings_like(tree: Any, params: Any, placement: Any) -> Any:
+    """Shardings for a tree that holds copies of parameters among other things.
+
+    Moments of an optimizer and moving averages repeat the parameters' paths further
+    down: a leaf whose path ends with that of a parameter of the same shape is placed
+    like it, all other leaves are copied to every device.
+
+    Args:
+        tree: such as a training state; arrays or `jax.ShapeDtypeStruct`.
+        params: the parameters, or their shapes.
+        placement: their `NamedSharding`s, the same tree.
+
+    Returns:
+        A tree of shardings like `tree`.
+    """
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    known = {
+        (_names(path), tuple(leaf.shape)): sharding
+        for (path, leaf), sharding in zip(flat, jax.tree.leaves(placement), strict=True)
+    }
+    mesh = jax.tree.leaves(placement)[0].mesh
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def one(path, leaf):
+        names, shape = _names(path), tuple(np.shape(leaf))
+        for start in range(len(names)):
+            if (names[start:], shape) in known:
+                return known[names[start:], shape]
+        return everywhere
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def batch_sharding(mesh: Mesh, rules: Rules | None = None) -> NamedSharding:
@@ -109,7 +146,8 @@ def place(tree: Any, placement: Any) -> Any:
     return jax.tree_util.tree_map_with_path(put, tree, placement)
 
 
-def _mesh_axes(name: str | None, table: Rules, mesh: Mesh) -> tuple[str, ...]:
+def mesh_axes(name: str | None, table: Rules, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes that a table gives a logical axis, checked."""
     if name is None:
         return ()
     if name not in table:

@@ -3,26 +3,29 @@
 import jax
 import jax.numpy as jnp
 
-from jaxpost import training, weights
+from jaxpost import models, parallel, training, weights
 from jaxpost.recipes._run import Run
 
 
-def export(
-    run: Run, state: training.TrainState, *, method: str
-) -> weights.ExportReport:
-    """Saves `run.folder/export`, reloads it and compares logits.
+def export(run: Run, state: training.TrainState, *, method: str) -> None:
+    """Saves `run.folder/export`, reloads it, compares logits, writes the receipt.
 
     Args:
         run: the finished run.
         state: its last state; the moving average is exported if there is one.
         method: for the model card, a sentence.
-
-    Returns:
-        The receipt, also written as `export_report.json`.
     """
-    section = run.config.export
     params = state.params if state.ema is None else state.ema
-    model = run.model.replace(params=jax.tree.map(jnp.asarray, params))
+    params = parallel.gather_to_hosts(params)
+    if jax.process_index() == 0:
+        model = run.model.replace(params=jax.tree.map(jnp.asarray, params))
+        _write(run, model, method)
+    parallel.wait_for_processes("export")
+
+
+def _write(run: Run, model: models.Model, method: str) -> None:
+    """One process's part: files, and the proof that they reload."""
+    section = run.config.export
     path = run.folder.path / "export"
     sources = run.examples.fingerprints
     card = weights.ModelCard(
@@ -41,6 +44,4 @@ def export(
         card=card,
     )
     stored_exactly = section.dtype == "float32"
-    return weights.verify_export(
-        model, path, tolerance=1e-3 if stored_exactly else None
-    )
+    weights.verify_export(model, path, tolerance=1e-3 if stored_exactly else None)

@@ -19,7 +19,7 @@ from jaxpost import data, evaluation, models, training
 from jaxpost.recipes import _setup
 from jaxpost.recipes._config import ConfigError, to_mapping
 from jaxpost.recipes._samples import with_samples
-from jaxpost.typing import LossFn
+from jaxpost.typing import LossFn, Params
 
 SHOWN_TOKENS = 160
 
@@ -32,6 +32,7 @@ class Run:
         config: the recipe's config; has the shared sections.
         folder: where everything is written.
         tokenizer, examples: of the data section.
+        layout: the devices and what each holds.
         model: its functions; `train` donates its first parameters.
         tx, schedule: the optimizer and its learning rate by steps taken.
         compute_dtype: to cast parameters to in the loss; None leaves them alone.
@@ -46,6 +47,7 @@ class Run:
     folder: training.RunFolder
     tokenizer: data.Tokenizer
     examples: _setup.Examples
+    layout: _setup.Layout
     model: models.Model
     tx: optax.GradientTransformation
     schedule: Any
@@ -70,14 +72,7 @@ class Run:
             The state after the last step.
         """
         section = self.config.train
-        state = training.init_state(
-            self.model.params,
-            self.tx,
-            jax.random.key(self.config.seed),
-            method_state=method_state,
-            ema=section.ema_decay is not None,
-            copy=False,  # the model's own arrays are donated: one copy, not two
-        )
+        state, placement = self._first_state(method_state)
         trackers = [
             training.make_tracker(
                 name, self.folder.path, config=to_mapping(self.config)
@@ -85,14 +80,20 @@ class Run:
             for name in section.trackers
         ]
         saved = training.Checkpoints(
-            self.folder.checkpoints, keep_last=section.keep_last
+            self.folder.checkpoints,
+            keep_last=section.keep_last,
+            keep_every=section.keep_every,
         )
         with saved as checkpoints:
             return training.train(
-                training.compile_step(step, max_traces=self.lengths),
+                training.compile_step(
+                    step, max_traces=self.lengths, state_shardings=placement
+                ),
                 state,
                 self.batches,
                 total_steps=self.total_steps,
+                place=self.layout.place_batch,
+                count=self.layout.count_tokens,
                 schedule=self.schedule,
                 eval_fn=self._eval_fn(loss_fn),
                 eval_every=section.eval_every or None,
@@ -103,22 +104,59 @@ class Run:
                 run=self.folder,
                 callbacks=trackers,
                 performance=training.Performance(
-                    flops_per_token=6.0 * self.model.param_count()
+                    flops_per_token=6.0 * self.model.param_count(),
+                    devices=self.layout.devices,
                 ),
                 title=self.config.name,
             )
 
+    def _first_state(self, method_state: Any) -> tuple[training.TrainState, Any]:
+        """The state before the first step and its shardings (None on one device)."""
+
+        def make(params: Params) -> training.TrainState:
+            return training.init_state(
+                params,
+                self.tx,
+                jax.random.key(self.config.seed),
+                method_state=method_state,
+                ema=self.config.train.ema_decay is not None,
+                copy=False,  # the model's own arrays are donated: one copy, not two
+            )
+
+        if self.layout.mesh is None:
+            return make(self.model.params), None
+        shapes = jax.eval_shape(make, self.model.params)
+        placement = self.layout.state_shardings(shapes, self.model.config)
+        # Compiled, so that no moment is ever whole on one device.
+        state = jax.jit(make, out_shardings=placement, donate_argnums=0)(
+            self.model.params
+        )
+        return state, placement
+
     def _eval_fn(self, loss_fn: LossFn) -> Any:
         if not self.eval_rows:
             return None
-        size = min(self.config.train.batch_size, len(self.eval_rows))
+        # Padding fills the last batch, so it may be too long but not uneven.
+        parts = self.layout.batch_parts
+        needed = -(-len(self.eval_rows) // parts) * parts
+        size = min(self.config.train.batch_size, needed)
 
         def batches() -> data.Batches:
-            return data.Batches(
-                self.eval_rows, size, shuffle=False, drop_remainder=False, epochs=1
+            return _batches(
+                self.eval_rows,
+                size,
+                self.layout,
+                shuffle=False,
+                drop_remainder=False,
+                epochs=1,
             )
 
-        evaluate = training.make_eval_fn(loss_fn, batches)
+        evaluate = training.make_eval_fn(
+            loss_fn,
+            batches,
+            use_ema=self.config.train.ema_decay is not None,
+            place=self.layout.place_batch,
+        )
         constants = {
             "eval_unigram_loss": evaluation.unigram_loss(
                 [(e.tokens, e.loss_mask) for e in self.examples.train],
@@ -133,7 +171,8 @@ class Run:
             self.tokenizer,
             self.examples.eval,
             write=self.folder.log_sample,
-            count=self.config.train.sample_prompts,
+            # Answers would have to be gathered from all hosts; one host's run has them.
+            count=self.config.train.sample_prompts if jax.process_count() == 1 else 0,
             max_new_tokens=self.config.train.sample_tokens,
         )
 
@@ -149,6 +188,7 @@ def open_run(config: Any, *, resume: bool = False) -> Iterator[Run]:
     Raises:
         ConfigError: `resume` without a run, or settings that do not fit the data.
     """
+    _setup.join_processes(config.processes)
     path = pathlib.Path(config.run_root) / config.name
     if resume and not (path / "config.yaml").is_file():
         raise ConfigError(f"{path} holds no run to resume; leave out --resume.")
@@ -159,7 +199,10 @@ def open_run(config: Any, *, resume: bool = False) -> Iterator[Run]:
         )
     key_model = jax.random.fold_in(jax.random.key(config.seed), 1)
     tokenizer = _setup.open_tokenizer(config.model, config.data)
-    model = _setup.open_model(config.model, tokenizer, key_model)
+    layout = _setup.open_layout(
+        config.mesh, config.train.batch_size // config.train.accumulate
+    )
+    model = _setup.open_model(config.model, tokenizer, key_model, layout=layout)
     if config.data.max_length > model.config.max_positions:
         raise ConfigError(
             f"data.max_length is {config.data.max_length}, but the model has "
@@ -167,7 +210,7 @@ def open_run(config: Any, *, resume: bool = False) -> Iterator[Run]:
         )
     examples = _setup.open_examples(config.data, tokenizer)
     rows = _setup.token_rows(examples.train, config.data, tokenizer)
-    batches = data.Batches(rows, config.train.batch_size, seed=config.seed)
+    batches = _batches(rows, config.train.batch_size, layout, seed=config.seed)
     total_steps = config.train.steps or max(
         1, math.floor(config.train.epochs * batches.batches_per_epoch)
     )
@@ -180,13 +223,14 @@ def open_run(config: Any, *, resume: bool = False) -> Iterator[Run]:
         data=examples.fingerprints,
         resume=resume,
     )
-    _show(config, tokenizer, examples, rows, model)
     with folder:
+        _show(config, tokenizer, examples, rows, model)
         yield Run(
             config=config,
             folder=folder,
             tokenizer=tokenizer,
             examples=examples,
+            layout=layout,
             model=model,
             tx=tx,
             schedule=schedule,
@@ -199,6 +243,14 @@ def open_run(config: Any, *, resume: bool = False) -> Iterator[Run]:
             lengths=len({row["tokens"].shape for row in rows}),
             resume=resume,
         )
+
+
+def _batches(
+    rows: list[data.TokenRow], size: int, layout: _setup.Layout, **options: Any
+) -> data.Batches:
+    """This process's slices of the batches."""
+    index, count = layout.batch_share
+    return data.Batches(rows, size, process_index=index, process_count=count, **options)
 
 
 def _show(

@@ -98,6 +98,8 @@ class TrainSection:
         eval_every: Steps between evaluations; 0 evaluates at the start and end only.
         save_every: Steps between checkpoints; 0 saves at the end only.
         keep_last: Newest checkpoints to keep, besides the best.
+        keep_every: Also keep each checkpoint whose step is a multiple of this; none
+            keeps no more.
         ema_decay: Of an exponential moving average of the weights; none keeps none.
         sample_prompts: Held-out prompts answered at each evaluation, for
             `samples.jsonl`; 0 answers none.
@@ -113,10 +115,11 @@ class TrainSection:
     eval_every: int = 0
     save_every: int = 0
     keep_last: int = 2
+    keep_every: int | None = None
     ema_decay: float | None = None
     sample_prompts: int = 3
     sample_tokens: int = 64
-    trackers: tuple[str, ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "log_every", "keep_last"):
@@ -131,6 +134,46 @@ class TrainSection:
                 f"batch_size ({self.batch_size}) must be a multiple of accumulate "
                 f"({self.accumulate})."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSection:
+    """How the devices are arranged; see docs/meshes.md.
+
+    Attributes:
+        data: Copies of the model, each with its share of the batch; -1 takes all
+            devices that are left.
+        fsdp: Parts that each parameter is stored in; the batch is split over them too.
+        tensor: Parts that heads, feed-forward and vocabulary are computed in.
+        devices: Use only the first so many devices; all of them if not given.
+        rules: Which mesh axes a logical axis takes, instead of the table in
+            `jaxpost.parallel.RULES`, e.g. {embed: data+fsdp, vocab: none}.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    devices: int | None = None
+    rules: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessesSection:
+    """One run on several hosts: each runs the same command, but for `index`.
+
+    Attributes:
+        coordinator: host:port of process 0, a free port there; none is one process.
+        count: How many processes.
+        index: Which one this is, from 0.
+        auto: Let JAX find all three (SLURM, Kubernetes, Open MPI, Cloud TPU).
+        deadline_s: How long to wait for the other processes, seconds.
+    """
+
+    coordinator: str | None = None
+    count: int = 1
+    index: int = 0
+    auto: bool = False
+    deadline_s: float = 60.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,15 +5,22 @@ The rooms do the work; what is here only reads the config and says what was open
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxpost import data, models, weights
+from jaxpost import data, models, ops, parallel, weights
 from jaxpost.recipes._config import ConfigError
-from jaxpost.recipes._sections import DataSection, ModelSection
+from jaxpost.recipes._sections import (
+    DataSection,
+    MeshSection,
+    ModelSection,
+    ProcessesSection,
+)
+from jaxpost.typing import Batch, TokenStats
 
 log = logging.getLogger("jaxpost")
 
@@ -34,6 +41,167 @@ class Examples:
     eval: list[data.Example]
     bad_rows: data.BadRows
     fingerprints: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a run's arrays live.
+
+    Fields:
+        mesh: the devices; None is the default device alone.
+        rules: from logical axes to mesh axes.
+    """
+
+    mesh: jax.sharding.Mesh | None = None
+    rules: parallel.Rules = dataclasses.field(default_factory=dict)
+
+    @property
+    def batch_parts(self) -> int:
+        """How many devices hold different rows of a batch."""
+        if self.mesh is None:
+            return 1
+        split = parallel.batch_sharding(self.mesh, self.rules)
+        return self.mesh.size // split.shard_shape((self.mesh.size,))[0]
+
+    @property
+    def token_logps(self) -> Callable[..., TokenStats]:
+        """`ops.linear_token_logps` for arrays that lie on these devices."""
+        return parallel.split_vocabulary(ops.linear_token_logps, self.mesh, self.rules)
+
+    @property
+    def batch_share(self) -> tuple[int, int]:
+        """Which slice of each batch this process reads, of how many slices.
+
+        Processes that hold parts of the same rows read the same slice.
+        """
+        if self.mesh is None or jax.process_count() == 1:
+            return 0, 1
+        parts = self.batch_parts
+        split = parallel.batch_sharding(self.mesh, self.rules)
+        mine = split.addressable_devices_indices_map((parts,)).values()
+        numbers = sorted(
+            {(part or (slice(None),))[0].indices(parts)[0] for part in mine}
+        )
+        first, count = numbers[0], len(numbers)
+        if numbers != list(range(first, first + count)) or first % count:
+            raise ConfigError(
+                f"process {jax.process_index()} would hold parts {numbers} of {parts} "
+                "of each batch, which do not lie side by side; name the mesh axes of "
+                "mesh.rules' batch in the order data, fsdp."
+            )
+        return first // count, parts // count
+
+    @property
+    def devices(self) -> int:
+        """How many devices compute."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    def count_tokens(self, batch: Batch) -> int:
+        """Tokens that are not padding in the global batch, taken to be spread evenly
+        over the slices."""
+        return int(np.count_nonzero(batch["segment_ids"])) * self.batch_share[1]
+
+    def place_batch(self, batch: Batch) -> Batch:
+        """Splits this process's slice of a batch over the mesh axes of "batch"."""
+        if self.mesh is None:
+            return dict(batch)
+        split = parallel.batch_sharding(self.mesh, self.rules)
+        if jax.process_count() == 1:
+            return parallel.place(dict(batch), split)
+        return jax.tree.map(
+            lambda part: jax.make_array_from_process_local_data(split, part),
+            dict(batch),
+        )
+
+    def state_shardings(self, state: Any, config: models.DecoderConfig) -> Any:
+        """Shardings of a training state, or None on one device."""
+        if self.mesh is None:
+            return None
+        placement = parallel.shardings(
+            models.param_axes(config), self.mesh, self.rules, shapes=state.params
+        )
+        return parallel.shardings_like(state, state.params, placement)
+
+
+def join_processes(section: ProcessesSection) -> None:
+    """Joins the other hosts of the run, once and before JAX looks for devices.
+
+    Raises:
+        MissingProcessError: another process did not come in time.
+        ConfigError: both an address and `auto`, or several processes without either.
+    """
+    if section.auto and section.coordinator is not None:
+        raise ConfigError("give processes.coordinator or processes.auto, not both.")
+    if section.count > 1 and section.coordinator is None:
+        raise ConfigError(
+            f"processes.count is {section.count}, but processes.coordinator is not "
+            "given: the host and a free port of process 0."
+        )
+    if jax.distributed.is_initialized():
+        return
+    if section.auto:
+        jax.distributed.initialize(
+            initialization_timeout=max(int(section.deadline_s), 1)
+        )
+    elif section.coordinator is not None:
+        parallel.start_processes(
+            section.coordinator,
+            section.count,
+            section.index,
+            deadline_s=section.deadline_s,
+        )
+
+
+def open_layout(section: MeshSection, batch_rows: int) -> Layout:
+    """Arranges all devices as the config says.
+
+    Args:
+        section: the mesh of the config.
+        batch_rows: rows that are placed together, a microbatch.
+
+    Raises:
+        ConfigError: a rule that names no axis, or rows that the mesh does not divide.
+        ValueError: the mesh does not fit the number of devices.
+    """
+    shape = {"data": section.data, "fsdp": section.fsdp, "tensor": section.tensor}
+    devices = jax.devices()
+    if section.devices is not None and not 1 <= section.devices <= len(devices):
+        raise ConfigError(
+            f"mesh.devices is {section.devices}, but there are {len(devices)} devices."
+        )
+    if section.devices is not None and jax.process_count() > 1:
+        raise ConfigError("mesh.devices cannot be given with several processes.")
+    mesh = parallel.make_mesh(shape, devices=devices[: section.devices])
+    rules = {name: _mesh_axes(name, text) for name, text in section.rules.items()}
+    if mesh.size == 1:
+        return Layout()
+    layout = Layout(mesh, rules)
+    parts = layout.batch_parts
+    if batch_rows % parts:
+        below = max(batch_rows // parts, 1) * parts
+        raise ConfigError(
+            f"train.batch_size / train.accumulate is {batch_rows} rows, which do not "
+            f"divide over the {parts} devices of the batch; the nearest that works is "
+            f"{below} rows."
+        )
+    return layout
+
+
+def _mesh_axes(name: str, text: str) -> tuple[str, ...]:
+    """`data+fsdp` as a tuple; `none` is no axis."""
+    if name not in parallel.RULES:
+        raise ConfigError(
+            f"mesh.rules names the logical axis {name!r}; known are "
+            f"{', '.join(sorted(parallel.RULES))}."
+        )
+    axes = tuple(part for part in text.split("+") if part != "none")
+    for axis in axes:
+        if axis not in parallel.AXES:
+            raise ConfigError(
+                f"mesh.rules gives {name!r} the mesh axis {axis!r}; known are "
+                f"{', '.join(parallel.AXES)}, joined by +, or none."
+            )
+    return axes
 
 
 def open_tokenizer(model: ModelSection, section: DataSection) -> data.Tokenizer:
@@ -63,15 +231,17 @@ def open_model(
     tokenizer: data.Tokenizer,
     key: jax.Array,
     *,
-    mesh: jax.sharding.Mesh | None = None,
+    layout: Layout | None = None,
 ) -> models.Model:
-    """Loads or makes the model, master weights in float32.
+    """Loads or makes the model on its devices, master weights in float32.
 
     Raises:
         ValueError: the tokenizer has more ids than the model has embedding rows.
     """
+    layout = layout or Layout()
+    placed = {"mesh": layout.mesh, "rules": layout.rules}
     if section.path is not None:
-        model = weights.load(section.path, dtype=jnp.float32, mesh=mesh)
+        model = weights.load(section.path, dtype=jnp.float32, **placed)
         data.check_vocab(tokenizer, model.config.vocab_size)
         config = dataclasses.replace(model.config, remat=section.remat)
         return dataclasses.replace(model, config=config)
@@ -90,7 +260,7 @@ def open_model(
         attention_bias=section.family == "qwen2",
         remat=section.remat,
     )
-    return models.build(config, key, mesh=mesh)
+    return models.build(config, key, **placed)
 
 
 def compute_dtype(section: ModelSection) -> jnp.dtype:

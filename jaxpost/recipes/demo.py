@@ -18,6 +18,7 @@ from jaxpost.recipes import _demo_show, sft
 from jaxpost.recipes._sections import (
     DataSection,
     ExportSection,
+    MeshSection,
     ModelSection,
     TrainSection,
 )
@@ -219,6 +220,7 @@ def _config(
         name=name,
         run_root=str(folder),
         seed=config.seed,
+        mesh=MeshSection(devices=1),
         model=model,
         data=DataSection(
             train=f"{problems}{count}",

@@ -1,6 +1,6 @@
 """Completions of prompts by a model in Hugging Face layout: `jaxpost generate`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -63,14 +63,8 @@ def run_generate(
     if prompts is not None:
         rows += list(data.load_rows(prompts))
     texts = [prompt_text(row, words, chat=chat) for row in rows]
-    rendered = {text for text, from_template in texts if from_template}
-
-    def encode(text: str) -> list[int]:
-        # A chat template writes its own first token; plain text gets the tokenizer's.
-        ids = words.encode(text)
-        bos = words.adds_bos and text not in rendered
-        return [words.bos_id, *ids] if bos and words.bos_id is not None else ids
-
+    encode = _encoder(words, texts)
+    _check_lengths(rows, texts, encode, max_new_tokens, loaded.config.max_positions)
     config = generation.SamplingConfig(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -125,6 +119,41 @@ def run_generate(
         f"{stats.tokens_per_s:.0f} tokens/s"
     )
     return stats
+
+
+def _encoder(
+    tokenizer: data.Tokenizer, texts: Sequence[tuple[str, bool]]
+) -> Callable[[str], list[int]]:
+    """From text to ids; only plain text gets the tokenizer's first token, since a chat
+    template writes its own."""
+    rendered = {text for text, from_template in texts if from_template}
+
+    def encode(text: str) -> list[int]:
+        ids = tokenizer.encode(text)
+        if tokenizer.bos_id is None or not tokenizer.adds_bos or text in rendered:
+            return ids
+        return [tokenizer.bos_id, *ids]
+
+    return encode
+
+
+def _check_lengths(
+    rows: Sequence[data.Row],
+    texts: Sequence[tuple[str, bool]],
+    encode: Callable[[str], list[int]],
+    max_new_tokens: int,
+    max_positions: int,
+) -> None:
+    """Every prompt and its completion must fit the model's positions."""
+    for row, (text, _) in zip(rows, texts, strict=True):
+        length = len(encode(text))
+        if length + max_new_tokens > max_positions:
+            raise row.bad(
+                "too_long",
+                f"{length} tokens and {max_new_tokens} new ones are more than the "
+                f"model's {max_positions} positions",
+                "shorten the prompt or lower --max-new-tokens",
+            )
 
 
 def prompt_text(

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -15,10 +16,14 @@ from jaxpost.recipes import _export, _run
 from jaxpost.recipes._sections import (
     DataSection,
     ExportSection,
+    MeshSection,
     ModelSection,
+    ProcessesSection,
     TrainSection,
 )
-from jaxpost.typing import Batch, LossFn, LossOutput, Metric, Params, Term
+from jaxpost.typing import Batch, LossFn, LossOutput, Metric, Params, Term, TokenStats
+
+TokenLogps = Callable[..., TokenStats]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +35,8 @@ class SFTConfig:
         name: Of the run folder.
         run_root: Folder of the run folders.
         seed: Of fresh weights, the order of the data and the step keys.
+        processes: On which hosts.
+        mesh: On which devices.
         model: Which model.
         data: Which rows.
         optimizer: Which update.
@@ -41,6 +48,8 @@ class SFTConfig:
     name: str = "sft"
     run_root: str = "runs"
     seed: int = 0
+    processes: ProcessesSection = ProcessesSection()
+    mesh: MeshSection = MeshSection()
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     optimizer: training.OptimizerConfig = training.OptimizerConfig()
@@ -48,12 +57,18 @@ class SFTConfig:
     export: ExportSection = ExportSection()
 
 
-def sft_loss(model: models.Model, *, dtype: jnp.dtype | None = None) -> LossFn:
+def sft_loss(
+    model: models.Model,
+    *,
+    dtype: jnp.dtype | None = None,
+    token_logps: TokenLogps = ops.linear_token_logps,
+) -> LossFn:
     """The loss function of fine-tuning, for `training.make_train_step`.
 
     Args:
         model: gives `apply` and `unembed`; its own parameters are not used.
         dtype: compute dtype that the parameters are cast to; None casts nothing.
+        token_logps: on a mesh, from `parallel.split_vocabulary`.
 
     Returns:
         A function of batches with `tokens`, `positions`, `segment_ids` and `loss_mask`,
@@ -70,7 +85,7 @@ def sft_loss(model: models.Model, *, dtype: jnp.dtype | None = None) -> LossFn:
             params, batch["tokens"], batch["positions"], batch["segment_ids"]
         )
         targets, mask = ops.shift_targets(batch["tokens"], batch["loss_mask"])
-        stats = ops.linear_token_logps(
+        stats = token_logps(
             output.hidden,
             model.unembed(params),
             targets,
@@ -100,7 +115,9 @@ def run(config: SFTConfig, *, resume: bool = False) -> training.TrainState:
         The last state.
     """
     with _run.open_run(config, resume=resume) as run:
-        loss_fn = sft_loss(run.model, dtype=run.compute_dtype)
+        loss_fn = sft_loss(
+            run.model, dtype=run.compute_dtype, token_logps=run.layout.token_logps
+        )
         step = training.make_train_step(
             loss_fn,
             run.tx,

@@ -1,7 +1,12 @@
 """From a loss function to a trained state: steps, loop, checkpoints, run folder."""
 
 from jaxpost.training._callbacks import Callback, Tracker, make_tracker
-from jaxpost.training._checkpoint import CheckpointError, Checkpoints, Restored
+from jaxpost.training._checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Restored,
+    checkpoint_hashes,
+)
 from jaxpost.training._compile import (
     CompiledStep,
     RetraceError,
@@ -17,6 +22,7 @@ from jaxpost.training._optimizer import (
     decay_mask,
 )
 from jaxpost.training._performance import Performance, device_peak_flops
+from jaxpost.training._preemption import PreemptedError
 from jaxpost.training._progress import Progress, make_progress
 from jaxpost.training._run_folder import RunFolder, create_run, environment
 from jaxpost.training._state import TrainState, init_state
@@ -30,6 +36,7 @@ __all__ = [
     "NonFiniteError",
     "OptimizerConfig",
     "Performance",
+    "PreemptedError",
     "Progress",
     "Restored",
     "RetraceError",
@@ -38,6 +45,7 @@ __all__ = [
     "TrainState",
     "build_optimizer",
     "build_schedule",
+    "checkpoint_hashes",
     "compile_step",
     "count_tokens",
     "create_run",

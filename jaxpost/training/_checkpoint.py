@@ -6,7 +6,9 @@ train state (leaves by key path), and as JSON: the place in the data, the state 
 NumPy generator, the user's values, metrics, and the leaves' shapes and dtypes.
 """
 
+import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -18,7 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpost.training._manifest import find_damage, write_manifest
 from jaxpost.training._step import leaf_name
+
+log = logging.getLogger("jaxpost")
 
 _STEP = re.compile(r"step_(\d{8,})")
 # What Orbax and TensorStore raise on a failed write or read.
@@ -55,11 +60,12 @@ class Checkpoints:
     Args:
         folder: made if missing; leftovers of interrupted saves are removed.
         keep_last: newest complete checkpoints to keep.
+        keep_every: also keep each whose step is a multiple of this, or None.
         keep_best: those with the lowest `best_metric` to keep as well.
         best_metric: which of the saved metrics; lower is better.
 
     Raises:
-        ValueError: `keep_last` is below 1 or `keep_best` below 0.
+        ValueError: `keep_last` or `keep_every` is below 1, or `keep_best` below 0.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class Checkpoints:
         folder: str | os.PathLike,
         *,
         keep_last: int = 2,
+        keep_every: int | None = None,
         keep_best: int = 1,
         best_metric: str = "eval_loss",
     ) -> None:
@@ -75,8 +82,13 @@ class Checkpoints:
                 "keep_last must be at least 1 and keep_best at least 0, got "
                 f"{keep_last} and {keep_best}."
             )
+        if keep_every is not None and keep_every < 1:
+            raise ValueError(
+                f"keep_every must be at least 1 or None, got {keep_every}."
+            )
         self.folder = pathlib.Path(folder).absolute()
         self._keep_last = keep_last
+        self._keep_every = keep_every
         self._keep_best = keep_best
         self._best_name = best_metric
         self._infos: dict[int, dict[str, Any]] = {}
@@ -151,6 +163,11 @@ class Checkpoints:
             self._orbax().wait_until_finished()
         except _IO_ERRORS as error:
             raise self._save_failed(step, error) from error
+        if jax.process_index() == 0:
+            try:
+                write_manifest(self.path(step))
+            except OSError as error:
+                raise self._save_failed(step, error) from error
         self._prune()
 
     def restore(self, like: Any, *, step: int | None = None) -> Restored:
@@ -160,7 +177,8 @@ class Checkpoints:
             like: pytree of arrays or `jax.ShapeDtypeStruct`, the structure, shapes,
                 dtypes and shardings of the result; values are not read. Leaves that are
                 not committed to devices stay uncommitted.
-            step: which; None is the newest complete one.
+            step: which; None is the newest complete one whose checksums hold. Newer
+                ones that are damaged are named in a warning and renamed to `damaged_*`.
 
         Raises:
             CheckpointError: there is none; it cannot be read; or its leaves differ from
@@ -169,13 +187,21 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.wait()
-        step = self.latest() if step is None else step
+        newest = step is None
+        step = self._newest_sound() if step is None else step
         if step is None or step not in self.steps():
             raise CheckpointError(
                 f"{self.folder} holds no complete checkpoint"
                 f"{'' if step is None else f' of step {step}'}; "
                 f"complete ones: {self.steps() or 'none'}."
             )
+        if (damage := find_damage(self.path(step))) is not None:
+            raise CheckpointError(
+                f"Cannot read {self.path(step)}: it is damaged: {damage}. Complete "
+                f"ones: {self.steps()}."
+            )
+        if newest and jax.process_index() == 0:
+            self._set_aside(step)
         info = self._info(step)
         wanted = _named_leaves(like)
         self._check_fits(step, info["leaves"], wanted)
@@ -249,6 +275,24 @@ class Checkpoints:
             self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         return self._checkpointer
 
+    def _newest_sound(self) -> int | None:
+        steps = self.steps()
+        for step in reversed(steps):
+            damage = find_damage(self.path(step))
+            if damage is None:
+                return step
+            log.warning("%s is damaged and left out: %s.", self.path(step), damage)
+        return steps[-1] if steps else None  # all damaged: the newest is complained of
+
+    def _set_aside(self, kept: int) -> None:
+        """Renames damaged checkpoints after `kept`, so that none counts as the best."""
+        for step in self.steps():
+            if step > kept:
+                self._infos.pop(step, None)
+                aside = self.folder / f"damaged_{step:08d}"
+                shutil.rmtree(aside, ignore_errors=True)
+                self.path(step).rename(aside)
+
     def _info(self, step: int) -> dict[str, Any]:
         if step not in self._infos:
             # Read without Orbax, whose reads wait for all processes: only one prunes.
@@ -273,6 +317,8 @@ class Checkpoints:
             return
         kept = set(self.steps()[-self._keep_last :])
         kept |= set(self._ranked()[: self._keep_best])
+        if self._keep_every is not None:
+            kept |= {step for step in self.steps() if step % self._keep_every == 0}
         for step in set(self.steps()) - kept:
             self._infos.pop(step, None)
             # Renamed first: half a deleted checkpoint must not look complete.
@@ -326,6 +372,33 @@ class Checkpoints:
                 + "\n".join(shown)
                 + (f"\n  ... and {more} more" if more else "")
             )
+
+
+def checkpoint_hashes(
+    folder: str | os.PathLike, step: int
+) -> tuple[dict[str, str], Any]:
+    """SHA-256 of every array of a checkpoint, and its place in the data.
+
+    For comparing two runs: needs no model, and any number of devices will do.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it cannot be read.
+    """
+    with Checkpoints(folder) as checkpoints:
+        leaves = checkpoints._info(step)["leaves"] if step else {}
+        key = jax.random.key(0)
+        like = {}
+        for name, (shape, dtype) in leaves.items():
+            if dtype == str(key.dtype):
+                like[name] = jax.ShapeDtypeStruct(tuple(shape), key.dtype)
+            else:
+                like[name] = np.empty(shape, dtype)
+        restored = checkpoints.restore(like, step=step)
+    hashes = {}
+    for name, leaf in restored.state.items():
+        data = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        hashes[name] = hashlib.sha256(np.asarray(data).tobytes()).hexdigest()
+    return hashes, restored.data
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

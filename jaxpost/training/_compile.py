@@ -24,7 +24,9 @@ class CompiledStep:
             from the compilation cache, and dispatch.
     """
 
-    def __init__(self, step: Callable, *, donate: bool, max_traces: int) -> None:
+    def __init__(
+        self, step: Callable, *, donate: bool, max_traces: int, state_shardings: Any
+    ) -> None:
         if max_traces < 1:
             raise ValueError(f"max_traces must be at least 1, got {max_traces}.")
         self.traces = 0
@@ -37,7 +39,11 @@ class CompiledStep:
             self._count({"state": state, "batch": dict(batch)})
             return step(state, batch)
 
-        self._jitted = jax.jit(counted, donate_argnums=(0,) if donate else ())
+        self._jitted = jax.jit(
+            counted,
+            donate_argnums=(0,) if donate else (),
+            out_shardings=(state_shardings, None),
+        )
 
     def __call__(self, state: Any, batch: Any) -> Any:
         before, start = self.traces, time.perf_counter()
@@ -78,7 +84,11 @@ class CompiledStep:
 
 
 def compile_step(
-    step: Callable, *, donate: bool = True, max_traces: int = 1
+    step: Callable,
+    *,
+    donate: bool = True,
+    max_traces: int = 1,
+    state_shardings: Any = None,
 ) -> CompiledStep:
     """Jits `step(state, batch)`.
 
@@ -87,6 +97,8 @@ def compile_step(
         donate: let the new state reuse the old one's memory; the caller's `state` is
             unusable after the call.
         max_traces: number of length buckets; one more distinct set of shapes raises.
+        state_shardings: of the new state, a tree like it, so that it comes back as it
+            went in; None leaves them to the compiler.
 
     Returns:
         A callable with the step's signature.
@@ -95,7 +107,9 @@ def compile_step(
         ValueError: `max_traces` is below 1.
         RetraceError: on the call that would trace too often; names what changed.
     """
-    return CompiledStep(step, donate=donate, max_traces=max_traces)
+    return CompiledStep(
+        step, donate=donate, max_traces=max_traces, state_shardings=state_shardings
+    )
 
 
 def enable_compilation_cache(

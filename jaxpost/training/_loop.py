@@ -15,6 +15,7 @@ from jaxpost.training._callbacks import Callback
 from jaxpost.training._checkpoint import Checkpoints
 from jaxpost.training._compile import CompiledStep, compile_step
 from jaxpost.training._performance import Performance
+from jaxpost.training._preemption import PreemptedError, StopRequest
 from jaxpost.training._progress import Mode, make_progress
 from jaxpost.training._run_folder import RunFolder
 from jaxpost.training._state import TrainState
@@ -115,6 +116,7 @@ def train(
         ValueError: an interval below 1, or `batches` ended early.
         NonFiniteError: a loss term or gradient was not finite; names the step and the
             first such tensor. Nothing is saved then; earlier checkpoints stay.
+        PreemptedError: SIGTERM came; raised after the step under way is saved.
     """
     _check_intervals(log_every=log_every, eval_every=eval_every, save_every=save_every)
     if not isinstance(step, CompiledStep):
@@ -143,24 +145,43 @@ def train(
     try:
         if eval_fn is not None and eval_at_start and start == 0:
             loop.evaluate(0, eval_fn, state)
-        for number in range(start + 1, total_steps + 1):
-            batch = _next(batches, number, total_steps)
-            state, metrics = step(state, batch if place is None else place(batch))
-            epoch = getattr(batches, "epoch", None)
-            loop.push(number, metrics, count(batch), epoch, state)
-            last = number == total_steps
-            loop.milestone(
-                number,
-                state,
-                eval_fn if last or _due(eval_every, number) else None,
-                last or _due(save_every, number),
-                lambda: _aside(batches, host_rng, user),
-            )
+        state = _run_steps(
+            loop,
+            state,
+            batches,
+            place=place or dict,
+            count=count,
+            eval_fn=eval_fn,
+            due=lambda number: (_due(eval_every, number), _due(save_every, number)),
+            aside=lambda: _aside(batches, host_rng, user),
+        )
         loop.finish(state)
     finally:
         loop.progress.close()
         if checkpoints is not None:
             checkpoints.wait()  # whatever happened, what was begun is finished
+    return state
+
+
+def _run_steps(
+    loop: "_Loop", state, batches, *, place, count, eval_fn, due, aside
+) -> TrainState:
+    """The steps that are left, each with what falls due after it."""
+    total = loop.total_steps
+    with StopRequest() as stop:
+        for number in range(loop.start + 1, total + 1):
+            batch = _next(batches, number, total)
+            state, metrics = loop.step(state, place(batch))
+            epoch = getattr(batches, "epoch", None)
+            loop.push(number, metrics, count(batch), epoch, state)
+            evaluates, saves = (True, True) if number == total else due(number)
+            asked = number < total and stop.asked(number)
+            loop.milestone(
+                number, state, eval_fn if evaluates else None, saves or asked, aside
+            )
+            if asked:
+                loop.finish(state)
+                raise PreemptedError(number, saved=loop.checkpoints is not None)
     return state
 
 

@@ -28,26 +28,31 @@ class Performance:
         peak_flops: of one device, FLOP/s; None looks the device up, and leaves
             utilisation out if it is not known (as on CPU).
         print_line: print MaxText's performance line at each log.
+        devices: how many devices compute; None is all of them.
     """
 
     flops_per_token: float | None = None
     peak_flops: float | None = None
     print_line: bool = False
+    devices: int | None = None
 
     def metrics(self, tokens_per_s: float) -> dict[str, float]:
         """`tflops/device` and, where the peak is known, `mfu` (a fraction)."""
         if self.flops_per_token is None:
             return {}
-        flops = tokens_per_s * self.flops_per_token / jax.device_count()
+        flops = tokens_per_s * self.flops_per_token / self._count()
         values = {"tflops/device": flops / 1e12}
         peak = self.peak_flops or device_peak_flops()
         if peak is not None:
             values["mfu"] = flops / peak
         return values
 
+    def _count(self) -> int:
+        return jax.device_count() if self.devices is None else self.devices
+
     def line(self, metrics: Mapping[str, float], tokens_per_step: float) -> str:
         """`completed step: ...` with the fields and units of MaxText's line."""
-        per_device = metrics["tokens/s"] / jax.device_count()
+        per_device = metrics["tokens/s"] / self._count()
         return (
             f"completed step: {metrics['step']}, "
             f"seconds: {metrics['step_time']:.3f}, "

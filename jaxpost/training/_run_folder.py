@@ -41,6 +41,28 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self._writes = jax.process_index() == 0
         self._open: dict[str, Any] = {}
+        self._lock: Any = None
+
+    def lock(self) -> None:
+        """Keeps other processes from writing here, until this one leaves or ends.
+
+        Raises:
+            FileExistsError: another run is writing here now.
+        """
+        try:
+            import fcntl
+        except ImportError:  # not on this system
+            return
+        file = (self.path / "lock").open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise FileExistsError(
+                f"{self.path} is being written by another run: wait for it, stop it, "
+                "or choose another name."
+            ) from None
+        self._lock = file
 
     def log_metrics(self, line: Mapping[str, Any]) -> None:
         """Appends one line to `metrics.jsonl`; it must have `step`."""
@@ -73,6 +95,9 @@ class RunFolder:
 
     def __exit__(self, *exc: Any) -> None:
         self.close()
+        if self._lock is not None:
+            self._lock.close()  # and with it the lock
+            self._lock = None
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if "step" not in line:
@@ -106,7 +131,8 @@ def create_run(
             present one is appended to `resumes`.
 
     Raises:
-        FileExistsError: the folder has a run in it and `resume` is False.
+        FileExistsError: the folder has a run in it and `resume` is False, or another
+            process is writing there now.
     """
     import yaml
 
@@ -119,6 +145,7 @@ def create_run(
     if jax.process_index() != 0:
         return run
     run.checkpoints.mkdir(parents=True, exist_ok=True)
+    run.lock()
     text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
     config_file.write_text(text, encoding="utf-8")
     now = environment(seeds=seeds, data=data)

@@ -13,6 +13,7 @@ from jaxpost.recipes.sft import SFTConfig
 CONFIG = {
     "recipe": "sft",
     "name": "toy",
+    "mesh": {"devices": 1},
     "model": {
         "tokenizer": "builtin:words",
         "hidden_size": 32,
