@@ -107,11 +107,10 @@ def verify_resume(arguments: Sequence[str]) -> int:
     seed, flags = _take_number("--kill-seed", flags, 0)
     path, flags = _take_config("verify-resume", flags)
     if path is None:
-        sys.stdout.write(
-            "usage: jaxpost verify-resume CONFIG [--kills N] [--kill-seed N] "
-            "[--section.key value ...]\n"
-            "The flags of 'jaxpost train' apply; train.save_every must be set.\n"
-        )
+        from jaxpost import recipes
+
+        prog = "jaxpost verify-resume CONFIG [--kills N] [--kill-seed N]"
+        recipes.load_config(None, flags, prog=prog)  # shows the flags and exits
         return 0
     verdicts = verify_resume(path, flags, kills=kills, seed=seed)
     return 1 if any(verdict.problems for verdict in verdicts) else 0

@@ -46,6 +46,7 @@ def test_each_verb_has_complete_help(verb, monkeypatch, capsys):
     assert "usage: jaxpost" in shown
     documented = {
         "train": "--optimizer.learning-rate",
+        "verify-resume": "--kills",
         "data check": "--data.train",
         "generate": "--max-new-tokens",
         "convert": "--max-shard-bytes",
@@ -68,7 +69,8 @@ def test_computing_verbs_restart_with_huge_pages():
         "import os, sys; from jaxpost import cli\n"
         "cli.VERBS['demo'] = cli.Verb("
         "lambda rest: print(os.environ['GLIBC_TUNABLES'], *rest), computes=True)\n"
-        "cli.main(['demo', '--seed', '3'])\n"
+        "sys.argv[1:] = ['demo', '--seed', '3']\n"
+        "cli.main()\n"
     )
     if sys.platform != "linux":
         pytest.skip("glibc tunables exist on Linux only")

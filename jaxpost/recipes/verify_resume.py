@@ -93,7 +93,8 @@ def verify_resume(
             problems = _differences(wanted, _contents(runs.path(name)))
             verdicts.append(Verdict(moment, before, problems))
             say(
-                f"killed {moment:.2f} s after its first line, resumed from step {before}: "
+                f"killed {moment:.2f} s after its first line, "
+                f"resumed from step {before}: "
                 + ("the same run" if not problems else "; ".join(problems))
             )
         for count in devices:

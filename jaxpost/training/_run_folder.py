@@ -8,6 +8,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -41,7 +42,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self._writes = jax.process_index() == 0
         self._open: dict[str, Any] = {}
-        self._lock: Any = None
+        self._unlock: Any = None
 
     def lock(self) -> None:
         """Keeps other processes from writing here, until this one leaves or ends.
@@ -53,16 +54,17 @@ class RunFolder:
             import fcntl
         except ImportError:  # not on this system
             return
-        file = (self.path / "lock").open("a")
+        handle = os.open(self.path / "lock", os.O_WRONLY | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.close()
+            os.close(handle)
             raise FileExistsError(
                 f"{self.path} is being written by another run: wait for it, stop it, "
                 "or choose another name."
             ) from None
-        self._lock = file
+        # Closing it gives the lock back, at the latest when nobody holds this object.
+        self._unlock = weakref.finalize(self, os.close, handle)
 
     def log_metrics(self, line: Mapping[str, Any]) -> None:
         """Appends one line to `metrics.jsonl`; it must have `step`."""
@@ -95,9 +97,8 @@ class RunFolder:
 
     def __exit__(self, *exc: Any) -> None:
         self.close()
-        if self._lock is not None:
-            self._lock.close()  # and with it the lock
-            self._lock = None
+        if self._unlock is not None:
+            self._unlock()
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if "step" not in line:
