@@ -1,7 +1,8 @@
 """What users can hold their own code to: a training step is the same on every mesh.
 
 Needs as many devices as the largest mesh; on a CPU set
-`XLA_FLAGS=--xla_force_host_platform_device_count=8` before JAX is imported.
+`XLA_FLAGS=--xla_force_host_platform_device_count=8` and `NPROC=32` (threads for them,
+see `parallel.give_virtual_devices_threads`) before JAX is imported.
 """
 
 import math

@@ -7,6 +7,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 _flags = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in _flags:
     os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8"
+# Devices that wait for each other must not use up XLA's threads (one per core): see
+# jaxpost.parallel.give_virtual_devices_threads.
+os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -14,10 +14,6 @@ from jaxpost import models, ops, parallel, testing, training
 from jaxpost.recipes import sft
 from jaxpost.typing import LossOutput, Metric, Term
 
-# Whole models over eight virtual devices: on two busy cores XLA's CPU collectives may
-# wait for each other past their deadline, which ends the process and every test in it.
-pytestmark = pytest.mark.slow
-
 CONFIG = models.DecoderConfig(
     family="llama",
     vocab_size=64,
@@ -69,6 +65,7 @@ def test_fine_tuning_step(accumulate):
     check(*step_and_state(sft.sft_loss(model()), accumulate=accumulate))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("shape", testing.MESHES, ids=str)
 def test_fine_tuning_step_on_every_mesh(shape, optimizer):

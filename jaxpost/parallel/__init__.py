@@ -1,6 +1,6 @@
 """Meshes, logical axis rules, placement of trees; several hosts as one program."""
 
-from jaxpost.parallel._mesh import AXES, make_mesh
+from jaxpost.parallel._mesh import AXES, give_virtual_devices_threads, make_mesh
 from jaxpost.parallel._processes import (
     MissingProcessError,
     gather_to_hosts,
@@ -24,6 +24,7 @@ __all__ = [
     "Rules",
     "batch_sharding",
     "gather_to_hosts",
+    "give_virtual_devices_threads",
     "make_mesh",
     "place",
     "shardings",

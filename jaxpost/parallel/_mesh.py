@@ -1,6 +1,9 @@
 """The one place where device meshes are made."""
 
 import math
+import os
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +12,26 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "tensor")
+
+THREADS_PER_DEVICE = 4
+"""Of a virtual CPU device: it waits for collectives, and computes, in a shared pool."""
+
+
+def give_virtual_devices_threads() -> None:
+    """Lets XLA have threads for all virtual CPU devices; call before JAX finds devices.
+
+    All CPU devices of a process compute in one pool of as many threads as there are
+    cores. A device that waits for the others in a collective keeps its thread, so on a
+    machine with few cores `XLA_FLAGS=--xla_force_host_platform_device_count=8` can
+    leave none for those that are waited for, and XLA ends the process after a minute.
+    XLA reads the size of the pool from `NPROC`, which this sets unless it is set.
+    """
+    count = re.search(
+        r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
+    )
+    needed = THREADS_PER_DEVICE * int(count[1]) if count else 0
+    if needed > (os.cpu_count() or 1):
+        os.environ.setdefault("NPROC", str(needed))
 
 
 def make_mesh(
@@ -30,6 +53,10 @@ def make_mesh(
     Raises:
         ValueError: a size is not positive, -1 is given twice, or the product is not the
             number of devices (the message has both and the nearest shape that works).
+
+    Warns:
+        RuntimeWarning: virtual CPU devices with too few threads, see
+            `give_virtual_devices_threads`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": -1} if shape is None else dict(shape)
@@ -48,8 +75,25 @@ def make_mesh(
         )
     if free:
         sizes[free[0]] = count // fixed
+    _check_threads(devices)
     grid = np.asarray(devices, dtype=object).reshape(tuple(sizes.values()))
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _check_threads(devices: Sequence[Any]):
+    count = sum(device.process_index == jax.process_index() for device in devices)
+    if devices[0].platform != "cpu" or count == 1:
+        return
+    threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
+    if threads < 2 * count:
+        warnings.warn(
+            f"make_mesh: {count} virtual CPU devices share {threads} threads, so their "
+            f"collectives may wait for each other for ever. Set the environment "
+            f"variable NPROC={THREADS_PER_DEVICE * count} before JAX finds devices, or "
+            "call jaxpost.parallel.give_virtual_devices_threads().",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _check_sizes(sizes: dict[str, int]):

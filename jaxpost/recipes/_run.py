@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpost import data, evaluation, models, training
+from jaxpost import data, evaluation, models, parallel, training
 from jaxpost.recipes import _setup
 from jaxpost.recipes._config import ConfigError, to_mapping
 from jaxpost.recipes._samples import with_samples
@@ -188,6 +188,7 @@ def open_run(config: Any, *, resume: bool = False) -> Iterator[Run]:
     Raises:
         ConfigError: `resume` without a run, or settings that do not fit the data.
     """
+    parallel.give_virtual_devices_threads()
     _setup.join_processes(config.processes)
     path = pathlib.Path(config.run_root) / config.name
     if resume and not (path / "config.yaml").is_file():

@@ -1,5 +1,7 @@
 """Meshes: sizes, defaults, and refusals that say what would work."""
 
+import os
+
 import jax
 import pytest
 from jax.sharding import AxisType
@@ -53,10 +55,37 @@ def test_refusals(shape, message):
 
 
 def test_the_suggested_shape_works():
+    refused = 0
     for tensor in range(1, 10):
         try:
             parallel.make_mesh({"data": -1, "tensor": tensor})
         except ValueError as error:
             written = str(error).rsplit("{", 1)[1].rstrip("}.")
             pairs = (item.split(": ") for item in written.split(", "))
-            parallel.make_mesh({axis: int(size) for axis, size in pairs})
+            mesh = parallel.make_mesh({axis: int(size) for axis, size in pairs})
+            assert mesh.size == 8
+            refused += 1
+    assert refused == 5  # 3, 5, 6, 7 and 9 do not divide 8
+
+
+def test_too_few_threads_are_told(monkeypatch):
+    monkeypatch.setenv("NPROC", "2")
+    with pytest.warns(RuntimeWarning, match="8 virtual CPU devices share 2 threads"):
+        parallel.make_mesh()
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "wanted"),
+    [
+        ("--xla_force_host_platform_device_count=4096", None, "16384"),
+        ("--xla_force_host_platform_device_count=4096", "7", "7"),
+        ("", None, None),
+    ],
+)
+def test_threads_for_virtual_devices(flags, given, wanted, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.delenv("NPROC", raising=False)
+    if given is not None:
+        monkeypatch.setenv("NPROC", given)
+    parallel.give_virtual_devices_threads()
+    assert os.environ.get("NPROC") == wanted

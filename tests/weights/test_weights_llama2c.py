@@ -15,7 +15,8 @@ def write(path, vocab, *, values=None, cut=None):
     per_layer = 2 * WIDTH + 2 * WIDTH * (WIDTH + keys) + 3 * WIDTH * INNER
     count = VOCAB * WIDTH + LAYERS * per_layer + WIDTH
     count += CONTEXT * WIDTH // HEADS + (VOCAB * WIDTH if vocab < 0 else 0)
-    values = np.arange(count, dtype="<f4") if values is None else values
+    if values is None:  # all different, and of a size whose logits can be compared
+        values = (np.arange(count) / count - 0.5).astype("<f4")
     header = struct.pack("<7i", WIDTH, INNER, LAYERS, HEADS, KV, vocab, CONTEXT)
     path.write_bytes((header + values.tobytes())[:cut])
     return values
