@@ -11,8 +11,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
+from sft_jaxpost import build_model
 
-from jaxpost import generation, models
+from jaxpost import generation
 
 
 def main() -> None:
@@ -22,19 +23,7 @@ def main() -> None:
         top_p={"type": float, "default": None},
     )
     sizes = args.sizes
-    config = models.DecoderConfig(
-        family="llama",
-        vocab_size=sizes["vocab"],
-        hidden_size=sizes["hidden"],
-        intermediate_size=sizes["ffn"],
-        num_layers=sizes["layers"],
-        num_heads=sizes["heads"],
-        num_kv_heads=sizes["kv_heads"],
-        head_dim=sizes["head_dim"],
-        max_positions=sizes["prompt"] + sizes["new_tokens"],
-        tie_embeddings=sizes["tied"],
-    )
-    model = models.build(config, jax.random.key(0))
+    model = build_model(sizes, sizes["prompt"] + sizes["new_tokens"])
     tokens = prompts(sizes)
     mask = np.ones(tokens.shape, bool)
     sampling = generation.SamplingConfig(

@@ -10,6 +10,7 @@ import statistics
 
 import numpy as np
 from sft_settings import Clock, peak_bytes
+from sft_settings import parse as parse_sizes
 
 SIZES = {
     "hidden": 256,
@@ -27,21 +28,9 @@ SIZES = {
 }
 
 
-def parse(description: str, **extra: dict) -> argparse.Namespace:
+def parse(description: str | None, **extra: dict) -> argparse.Namespace:
     """The command line of a rival: `sizes` is a dict, the rest as named."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--calls", type=int, default=5, help="timed calls")
-    parser.add_argument("--warmup", type=int, default=2, help="calls before them")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--sizes", type=json.loads, default={}, help="JSON, see SIZES")
-    for name, options in extra.items():
-        parser.add_argument(f"--{name}", **options)
-    args = parser.parse_args()
-    unknown = sorted(set(args.sizes) - set(SIZES))
-    if unknown:
-        parser.error(f"unknown sizes {unknown}; known: {sorted(SIZES)}")
-    args.sizes = {**SIZES, **args.sizes}
-    return args
+    return parse_sizes(description, unit="calls", count=5, sizes=SIZES, **extra)
 
 
 def prompts(sizes: dict) -> np.ndarray:

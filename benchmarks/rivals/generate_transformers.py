@@ -5,6 +5,7 @@ uses the fixed-size cache; `--compile` also lets generate compile the model for 
 """
 
 from generate_settings import Clock, parse, prompts, report
+from sft_settings import transformers_llama
 
 
 def main() -> None:
@@ -23,15 +24,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     sizes = args.sizes
     config = transformers.LlamaConfig(
-        vocab_size=sizes["vocab"],
-        hidden_size=sizes["hidden"],
-        intermediate_size=sizes["ffn"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["kv_heads"],
-        head_dim=sizes["head_dim"],
-        max_position_embeddings=sizes["prompt"] + sizes["new_tokens"],
-        tie_word_embeddings=sizes["tied"],
+        **transformers_llama(sizes, sizes["prompt"] + sizes["new_tokens"]),
         attn_implementation="sdpa",
     )
     model = transformers.LlamaForCausalLM(config).eval()

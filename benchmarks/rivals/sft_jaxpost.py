@@ -21,7 +21,7 @@ from jaxpost import losses, models, ops, training
 from jaxpost.typing import LossOutput, Metric, Term
 
 
-def build_model(sizes: dict, remat: str) -> models.Model:
+def build_model(sizes: dict, positions: int, remat: str = "none") -> models.Model:
     """A fresh Llama of the benchmark's sizes."""
     config = models.DecoderConfig(
         family="llama",
@@ -32,7 +32,7 @@ def build_model(sizes: dict, remat: str) -> models.Model:
         num_heads=sizes["heads"],
         num_kv_heads=sizes["kv_heads"],
         head_dim=sizes["head_dim"],
-        max_positions=sizes["length"],
+        max_positions=positions,
         tie_embeddings=sizes["tied"],
         remat=remat,  # pyright: ignore[reportArgumentType]
     )
@@ -93,7 +93,9 @@ def main() -> None:
         segments={**flag, "default": 1},
         policy={"choices": ("full", "dots"), "default": "full"},
     )
-    model = build_model(args.sizes, args.policy if args.remat else "none")
+    model = build_model(
+        args.sizes, args.sizes["length"], args.policy if args.remat else "none"
+    )
     total = args.warmup + args.steps
     optimizer = training.OptimizerConfig(
         learning_rate=args.sizes["learning_rate"],

@@ -31,22 +31,45 @@ SIZES = {
 }
 
 
-def parse(description: str, **extra: dict) -> argparse.Namespace:
-    """The command line of a rival: `sizes` is a dict, the rest as named."""
+def parse(
+    description: str | None,
+    *,
+    unit: str = "steps",
+    count: int = 10,
+    sizes: dict | None = None,
+    **extra: dict,
+) -> argparse.Namespace:
+    """The command line of a rival: `sizes` is a dict, `extra` flags as named."""
+    known = SIZES if sizes is None else sizes
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--steps", type=int, default=10, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument(f"--{unit}", type=int, default=count, help=f"timed {unit}")
+    parser.add_argument("--warmup", type=int, default=2, help=f"{unit} before them")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--remat", action="store_true", help="recompute activations")
     parser.add_argument("--sizes", type=json.loads, default={}, help="JSON, see SIZES")
     for name, options in extra.items():
         parser.add_argument(f"--{name}", **options)
     args = parser.parse_args()
-    unknown = sorted(set(args.sizes) - set(SIZES))
+    unknown = sorted(set(args.sizes) - set(known))
     if unknown:
-        parser.error(f"unknown sizes {unknown}; known: {sorted(SIZES)}")
-    args.sizes = {**SIZES, **args.sizes}
+        parser.error(f"unknown sizes {unknown}; known: {sorted(known)}")
+    args.sizes = {**known, **args.sizes}
     return args
+
+
+def transformers_llama(sizes: dict, positions: int) -> dict:
+    """Arguments of `transformers.LlamaConfig` for these sizes."""
+    return {
+        "vocab_size": sizes["vocab"],
+        "hidden_size": sizes["hidden"],
+        "intermediate_size": sizes["ffn"],
+        "num_hidden_layers": sizes["layers"],
+        "num_attention_heads": sizes["heads"],
+        "num_key_value_heads": sizes["kv_heads"],
+        "head_dim": sizes["head_dim"],
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": sizes["tied"],
+    }
 
 
 def batches(sizes: dict, count: int) -> np.ndarray:

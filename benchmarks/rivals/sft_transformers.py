@@ -4,7 +4,7 @@ Prints one JSON line. `--compile`
 runs the model through torch.compile; `--optimizer` picks AdamW's implementation.
 """
 
-from sft_settings import Clock, batches, parse, report
+from sft_settings import Clock, batches, parse, report, transformers_llama
 
 
 def main() -> None:
@@ -20,15 +20,7 @@ def main() -> None:
     torch.manual_seed(0)
     sizes = args.sizes
     config = transformers.LlamaConfig(
-        vocab_size=sizes["vocab"],
-        hidden_size=sizes["hidden"],
-        intermediate_size=sizes["ffn"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["kv_heads"],
-        head_dim=sizes["head_dim"],
-        max_position_embeddings=sizes["length"],
-        tie_word_embeddings=sizes["tied"],
+        **transformers_llama(sizes, sizes["length"]),
         use_cache=False,
     )
     model = transformers.LlamaForCausalLM(config).train()

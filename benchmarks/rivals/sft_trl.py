@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 
-from sft_settings import Clock, batches, parse, report
+from sft_settings import Clock, batches, parse, report, transformers_llama
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -37,15 +37,7 @@ def main() -> None:
             clock.tick()
 
     config = transformers.LlamaConfig(
-        vocab_size=sizes["vocab"],
-        hidden_size=sizes["hidden"],
-        intermediate_size=sizes["ffn"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["kv_heads"],
-        head_dim=sizes["head_dim"],
-        max_position_embeddings=sizes["length"],
-        tie_word_embeddings=sizes["tied"],
+        **transformers_llama(sizes, sizes["length"]),
         use_cache=False,
     )
     steps = args.warmup + args.steps
