@@ -1,6 +1,7 @@
 """Arithmetic that every room shares; arrays in, arrays out."""
 
 from jaxpost.ops._attention import attention
+from jaxpost.ops._chunks import default_chunk_size
 from jaxpost.ops._dtypes import at_least_float32, compute_dtype
 from jaxpost.ops._kl import kl_estimate
 from jaxpost.ops._linear_logps import linear_token_logps
@@ -12,6 +13,7 @@ __all__ = [
     "at_least_float32",
     "attention",
     "compute_dtype",
+    "default_chunk_size",
     "entropy",
     "kl_estimate",
     "linear_token_logps",

@@ -15,14 +15,20 @@ CHUNK_BYTES = 32 * 2**20
 MIN_CHUNK_CPU, MIN_CHUNK_ACCELERATOR, MAX_CHUNK = 512, 2048, 4096
 
 
-def default_chunk_size(vocab: int, itemsize: int) -> int:
+def default_chunk_size(vocab: int, itemsize: int, *, on_cpu: bool | None = None) -> int:
     """Tokens per chunk whose logits take about `CHUNK_BYTES`, but not too few.
+
+    Args:
+        vocab: ids that one device scores.
+        itemsize: bytes of one logit.
+        on_cpu: for which kind of device; None is JAX's default one.
 
     Each chunk reads and writes the whole gradient of the head, `2 / tokens` bytes for
     each operation of its three products: memory keeps up with a CPU from about 512
     tokens on, with an accelerator from about 2048.
     """
-    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu is None:
+        on_cpu = jax.default_backend() == "cpu"
     least = MIN_CHUNK_CPU if on_cpu else MIN_CHUNK_ACCELERATOR
     return min(max(CHUNK_BYTES // max(vocab * itemsize, 1), least), MAX_CHUNK)
 

@@ -1,6 +1,22 @@
 """Meshes, logical axis rules, placement of trees; several hosts as one program."""
 
+from jaxpost.parallel._chips import CHIPS, Chip, find_chip
+from jaxpost.parallel._hlo import (
+    Collective,
+    Product,
+    list_collectives,
+    list_products,
+)
 from jaxpost.parallel._mesh import AXES, give_virtual_devices_threads, make_mesh
+from jaxpost.parallel._plan import (
+    MARGIN,
+    Memory,
+    Roofline,
+    bytes_per_device,
+    estimate_temporaries,
+    roofline,
+    sum_by_kind,
+)
 from jaxpost.parallel._processes import (
     MissingProcessError,
     gather_to_hosts,
@@ -19,17 +35,31 @@ from jaxpost.parallel._vocabulary import split_vocabulary
 
 __all__ = [
     "AXES",
+    "CHIPS",
+    "MARGIN",
     "RULES",
+    "Chip",
+    "Collective",
+    "Memory",
     "MissingProcessError",
+    "Product",
+    "Roofline",
     "Rules",
     "batch_sharding",
+    "bytes_per_device",
+    "estimate_temporaries",
+    "find_chip",
     "gather_to_hosts",
     "give_virtual_devices_threads",
+    "list_collectives",
+    "list_products",
     "make_mesh",
     "place",
+    "roofline",
     "shardings",
     "shardings_like",
     "split_vocabulary",
     "start_processes",
+    "sum_by_kind",
     "wait_for_processes",
 ]

@@ -7,7 +7,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxpost.parallel._shardings import RULES, Rules, batch_sharding, mesh_axes
+from jaxpost.parallel._shardings import (
+    RULES,
+    Rules,
+    batch_sharding,
+    mesh_axes,
+    shardings,
+)
 from jaxpost.typing import Head, TokenStats
 
 
@@ -59,6 +65,10 @@ def split_vocabulary(
         axis = wanted[0] if wanted else None
         if axis is not None and whole.weight.shape[1] % mesh.shape[axis]:
             axis = None  # stored whole as well, see `shardings`
+        # Its gradient then is kept in the parts that the head is stored in; without,
+        # every device would hold the sum over all rows whole.
+        stored = shardings(("embed", "vocab"), mesh, rules, shapes=whole.weight)
+        weight = jax.lax.with_sharding_constraint(whole.weight, stored)
 
         def one(hidden, weight, bias, targets, mask, grad_weights):
             return token_logps(
@@ -77,6 +87,6 @@ def split_vocabulary(
             mesh=mesh,
             in_specs=(rows, columns, PartitionSpec(axis), rows, rows, rows),
             out_specs=rows,
-        )(hidden, whole.weight, whole.bias, targets, mask, grad_weights)
+        )(hidden, weight, whole.bias, targets, mask, grad_weights)
 
     return call

@@ -226,6 +226,25 @@ def open_tokenizer(model: ModelSection, section: DataSection) -> data.Tokenizer:
     )
 
 
+def fresh_config(section: ModelSection, vocab_size: int) -> models.DecoderConfig:
+    """What a fresh model of the config's sizes is."""
+    return models.DecoderConfig(
+        family=section.family,
+        vocab_size=vocab_size,
+        hidden_size=section.hidden_size,
+        intermediate_size=section.intermediate_size,
+        num_layers=section.num_layers,
+        num_heads=section.num_heads,
+        num_kv_heads=section.num_kv_heads,
+        head_dim=section.head_dim or section.hidden_size // section.num_heads,
+        max_positions=section.max_positions,
+        tie_embeddings=section.tie_embeddings,
+        qk_norm=section.family == "qwen3",
+        attention_bias=section.family == "qwen2",
+        remat=section.remat,
+    )
+
+
 def open_model(
     section: ModelSection,
     tokenizer: data.Tokenizer,
@@ -245,21 +264,7 @@ def open_model(
         data.check_vocab(tokenizer, model.config.vocab_size)
         config = dataclasses.replace(model.config, remat=section.remat)
         return dataclasses.replace(model, config=config)
-    config = models.DecoderConfig(
-        family=section.family,
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=section.hidden_size,
-        intermediate_size=section.intermediate_size,
-        num_layers=section.num_layers,
-        num_heads=section.num_heads,
-        num_kv_heads=section.num_kv_heads,
-        head_dim=section.head_dim or section.hidden_size // section.num_heads,
-        max_positions=section.max_positions,
-        tie_embeddings=section.tie_embeddings,
-        qk_norm=section.family == "qwen3",
-        attention_bias=section.family == "qwen2",
-        remat=section.remat,
-    )
+    config = fresh_config(section, tokenizer.vocab_size)
     return models.build(config, key, **placed)
 
 
