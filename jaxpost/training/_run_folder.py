@@ -129,11 +129,13 @@ def create_run(
         seeds: by what they seed.
         data: fingerprints by data set.
         resume: the folder may exist and go on; its first environment is kept and the
-            present one is appended to `resumes`.
+            present one is appended to `resumes`; a config that differs from the one
+            before leaves that as `config.before_resume_1.yaml` (2, 3, ...).
 
     Raises:
         FileExistsError: the folder has a run in it and `resume` is False, or another
             process is writing there now.
+        OSError: the folder cannot be made or written.
     """
     import yaml
 
@@ -145,18 +147,36 @@ def create_run(
         )
     if jax.process_index() != 0:
         return run
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
-    run.lock()
+    try:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        run.lock()
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"{run.path} cannot be written ({error.strerror}): choose a folder that "
+            "can, with run_root."
+        ) from error
     text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
-    config_file.write_text(text, encoding="utf-8")
+    if config_file.exists() and config_file.read_text("utf-8") != text:
+        earlier = len(list(run.path.glob("config.before_resume_*.yaml")))
+        config_file.replace(run.path / f"config.before_resume_{earlier + 1}.yaml")
+    _write_whole(config_file, text)
     now = environment(seeds=seeds, data=data)
     file = run.path / "environment.json"
     if file.exists():
         first = json.loads(file.read_text(encoding="utf-8"))
         first.setdefault("resumes", []).append(now)
         now = first
-    file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    _write_whole(file, json.dumps(now, indent=2) + "\n")
     return run
+
+
+def _write_whole(file: pathlib.Path, text: str) -> None:
+    """All of it or nothing: a full disk or a kill leaves the old file."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
 
 
 def environment(

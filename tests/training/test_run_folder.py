@@ -1,6 +1,7 @@
 """The run folder: its files, and lines that survive a resume."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -34,6 +35,22 @@ def test_a_run_is_not_overwritten(tmp_path):
     training.create_run(tmp_path, {"a": 2}, resume=True).close()
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert len(environment["resumes"]) == 1
+    training.create_run(tmp_path, {"a": 2}, resume=True).close()
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"a": 2}
+    kept = sorted(tmp_path.glob("config.before_resume_*.yaml"))
+    assert [yaml.safe_load(file.read_text()) for file in kept] == [{"a": 1}]
+
+
+@pytest.mark.parametrize("place", ["a_file", "read_only"])
+def test_a_folder_that_cannot_be_written(place, tmp_path):
+    root = tmp_path / "file"
+    root.write_text("in the way")
+    if place == "read_only":
+        root = pathlib.Path("/proc/1/net")  # of the kernel: nobody writes there
+        if not root.exists():
+            pytest.skip("no /proc here")
+    with pytest.raises(OSError, match=r"mine cannot be written \(.*run_root"):
+        training.create_run(root / "mine", {})
 
 
 def test_lines_are_there_at_once_and_json(tmp_path):
