@@ -1,5 +1,35 @@
 """Losses: arrays in, unreduced values and their weights out, never a mean."""
 
+from jaxpost.losses._adaptive import AdaptiveOutput, adaptive_scaling
+from jaxpost.losses._pairwise import (
+    bradley_terry,
+    dpo_margins,
+    hinge,
+    ipo,
+    reward_centering,
+    robust_dpo,
+)
+from jaxpost.losses._pairwise_config import (
+    PairwiseConfig,
+    PairwiseOutput,
+    pairwise_loss,
+)
+from jaxpost.losses._r3m import R3MOutput, r3m
 from jaxpost.losses._sft import sft
 
-__all__ = ["sft"]
+__all__ = [
+    "AdaptiveOutput",
+    "PairwiseConfig",
+    "PairwiseOutput",
+    "R3MOutput",
+    "adaptive_scaling",
+    "bradley_terry",
+    "dpo_margins",
+    "hinge",
+    "ipo",
+    "pairwise_loss",
+    "r3m",
+    "reward_centering",
+    "robust_dpo",
+    "sft",
+]
