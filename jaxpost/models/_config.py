@@ -4,6 +4,8 @@ Knows no arrays and no file formats; `weights` translates other people's config 
 """
 
 import dataclasses
+import difflib
+from collections.abc import Iterable
 from typing import Literal
 
 RopeKind = Literal["linear", "llama3", "yarn", "longrope"]
@@ -11,6 +13,13 @@ ROPE_KINDS: tuple[RopeKind, ...] = ("linear", "llama3", "yarn", "longrope")
 DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2")
 EXPERT_FAMILIES = ("mixtral", "qwen3_moe", "phimoe")
 REMAT_POLICIES = ("none", "full", "dots")
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+ALL_LINEAR = "all-linear"
+_HF_TARGETS = {f"{name}_proj": (name,) for name in LORA_TARGETS} | {
+    "qkv_proj": ("q", "k", "v"),
+    "gate_up_proj": ("gate", "up"),
+    ALL_LINEAR: LORA_TARGETS,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +119,69 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: `y = x W + (alpha / rank) (x A) B`, `A` and `B` trained.
+
+    Fields:
+        rank: columns of `A [in, rank]` and rows of `B [rank, out]`.
+        alpha: numerator of the factor; twice the rank is a common choice.
+        targets: which products have adapters: q, k, v, o, gate, up, down, or Hugging
+            Face's names for them (`q_proj`, Phi-3's fused `qkv_proj` and
+            `gate_up_proj`), or `all-linear`. Kept in the order above.
+
+    Raises:
+        ValueError: `rank` or `alpha` is not positive; a target is unknown, or none.
+
+    Source: Hu et al. (2021), "LoRA: Low-Rank Adaptation of Large Language Models",
+    equation 3.
+    """
+
+    rank: int
+    alpha: float = 16.0
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+
+    def __post_init__(self):
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(
+                f"LoraConfig.rank must be a positive integer, got {self.rank!r}."
+            )
+        if not self.alpha > 0:
+            raise ValueError(f"LoraConfig.alpha must be positive, got {self.alpha!r}.")
+        object.__setattr__(self, "alpha", float(self.alpha))
+        object.__setattr__(self, "targets", _lora_targets(self.targets))
+
+    @property
+    def scale(self) -> float:
+        """The factor `alpha / rank`."""
+        return self.alpha / self.rank
+
+
+def _lora_targets(targets: str | Iterable[str]) -> tuple[str, ...]:
+    """Our names of the products that `targets` names, in our order."""
+    names = (targets,) if isinstance(targets, str) else tuple(targets)
+    chosen: set[str] = set()
+    for name in names:
+        if name in LORA_TARGETS:
+            chosen.add(name)
+        elif name in _HF_TARGETS:
+            chosen.update(_HF_TARGETS[name])
+        else:
+            known = (*LORA_TARGETS, *_HF_TARGETS)
+            near = difflib.get_close_matches(str(name), known, 1, 0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"LoraConfig.targets names {name!r}, which is not known.{hint} Known "
+                f"are {', '.join(known)}."
+            )
+    if not chosen:
+        raise ValueError(
+            f"LoraConfig.targets is empty; name some of {', '.join(LORA_TARGETS)}, or "
+            f"{ALL_LINEAR!r}."
+        )
+    return tuple(name for name in LORA_TARGETS if name in chosen)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """Everything that shapes a decoder; hashable, so it is static under `jit`.
 
@@ -142,6 +214,7 @@ class DecoderConfig:
             from its input.
         attention_implementation: passed to `ops.attention`; None chooses.
         experts: mixture of experts in place of the feed-forward block, or None.
+        lora: adapters beside the matrix products, or None.
 
     Raises:
         ValueError: sizes that do not fit each other, or an unknown choice.
@@ -178,6 +251,7 @@ class DecoderConfig:
     remat: Literal["none", "full", "dots"] = "none"
     attention_implementation: str | None = None
     experts: MoEConfig | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         self._check_choices()
@@ -277,6 +351,11 @@ class DecoderConfig:
         """Window of one layer in tokens, None if it sees everything."""
         slides = self.layer_windows is None or self.layer_windows[layer]
         return self.sliding_window if slides else None
+
+    def lora_of(self, name: str) -> LoraConfig | None:
+        """The adapter of one product (`q`, ..., `down`), None if it has none."""
+        has = self.lora is not None and name in self.lora.targets
+        return self.lora if has else None
 
     def replace(self, **changes) -> "DecoderConfig":
         """A copy with some fields changed, validated again."""

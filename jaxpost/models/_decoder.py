@@ -72,21 +72,39 @@ class Decoder(nnx.Module):
             return (x, cache), None
 
         (x, cache), _ = jax.lax.scan(
-            _remat(step, config.remat), (x, cache), (stacked, numbers, per_layer)
+            _remat(step, config), (x, cache), (stacked, numbers, per_layer)
         )
         return x, cache
 
 
-def _remat(step, policy: str):
+def _remat(step, config: DecoderConfig):
     """What a layer keeps for its backward pass; see `DecoderConfig.remat`."""
     policies = jax.checkpoint_policies
+    dots = policies.dots_with_no_batch_dims_saveable
+    if config.lora is not None:
+        dots = _without_adapter_outputs(dots, config.lora.rank)
     keep = {
         "none": policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names("attention"),
+            dots, policies.save_only_these_names("attention")
         ),
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        "dots": dots,
         "full": None,
-    }[policy]
+    }[config.remat]
     # The scan's loop boundary already keeps recomputation from being merged back.
     return jax.checkpoint(step, prevent_cse=False, policy=keep)
+
+
+def _without_adapter_outputs(policy, rank: int):
+    """`policy`, but a product with an adapter's narrow `B` is computed again.
+
+    It is as large as the kernel's own output beside it, and cheap.
+    """
+
+    def keep(primitive, *avals, **params):
+        if primitive.name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            if [avals[0].shape[axis] for axis in contracted] == [rank]:
+                return False
+        return policy(primitive, *avals, **params)
+
+    return keep

@@ -14,7 +14,8 @@ from flax import nnx
 from jaxpost import ops
 
 from ._cache import KVCache, update_layer
-from ._config import DecoderConfig
+from ._config import DecoderConfig, LoraConfig
+from ._quantize import is_quantized, widen
 from ._rope import apply_rope
 
 Sizes = dict[str, int]
@@ -61,7 +62,10 @@ class Norm(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """A matrix product over the last axes, with an optional bias."""
+    """A matrix product over the last axes, with an optional bias and adapter.
+
+    The kernel may be held quantised; the adapter, `lora_a` and `lora_b`, never is.
+    """
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class Projection(nnx.Module):
         *,
         bias: bool = False,
         gain: float = 1.0,
+        lora: LoraConfig | None = None,
     ):
         self.contracted = len(inputs)
         shape = (*stack.values(), *inputs.values(), *outputs.values())
@@ -82,14 +87,33 @@ class Projection(nnx.Module):
             zeros = jnp.zeros((*stack.values(), *outputs.values()))
             self.bias = nnx.Param(zeros, axes=(*stack, *outputs))
         self.has_bias = bias
+        self.lora = lora
+        if lora is not None:
+            # As PEFT draws it; B starts at zero, so the first step starts at the base.
+            bound = math.prod(inputs.values()) ** -0.5
+            rank = {"rank": lora.rank}
+            shape = (*stack.values(), *inputs.values(), lora.rank)
+            draw = jax.random.uniform(
+                jax.random.fold_in(key, 1), shape, minval=-bound, maxval=bound
+            )
+            self.lora_a = nnx.Param(draw, axes=(*stack, *inputs, *rank))
+            zeros = jnp.zeros((*stack.values(), lora.rank, *outputs.values()))
+            self.lora_b = nnx.Param(zeros, axes=(*stack, *rank, *outputs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = self.kernel.get_value()
+        kernel = widen(kernel) if is_quantized(kernel) else kernel
+        kernel = kernel.astype(x.dtype)
         split = x.ndim - self.contracted
         outputs = kernel.shape[self.contracted :]
         # Of matrices: XLA transposes operands of other products' gradients in memory.
         rows = x.reshape(-1, math.prod(x.shape[split:]))
         y = rows @ kernel.reshape(rows.shape[1], -1)
+        if self.lora is not None:
+            a = self.lora_a[...].astype(x.dtype).reshape(rows.shape[1], -1)
+            b = self.lora_b[...].astype(x.dtype).reshape(self.lora.rank, -1)
+            # Scaled at its narrowest.
+            y = y + (rows @ a * jnp.asarray(self.lora.scale, x.dtype)) @ b
         y = y.reshape(*x.shape[:split], *outputs)
         if self.has_bias:
             bias = self.bias[...].astype(x.dtype)
@@ -105,10 +129,10 @@ class Attention(nnx.Module):
         model = {"embed": config.hidden_size}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-        bias = config.attention_bias
-        self.q = Projection(keys[0], model, heads, stack, bias=bias)
-        self.k = Projection(keys[1], model, kv_heads, stack, bias=bias)
-        self.v = Projection(keys[2], model, kv_heads, stack, bias=bias)
+        lora, bias = config.lora_of, config.attention_bias
+        self.q = Projection(keys[0], model, heads, stack, bias=bias, lora=lora("q"))
+        self.k = Projection(keys[1], model, kv_heads, stack, bias=bias, lora=lora("k"))
+        self.v = Projection(keys[2], model, kv_heads, stack, bias=bias, lora=lora("v"))
         self.o = Projection(
             keys[3],
             heads,
@@ -116,6 +140,7 @@ class Attention(nnx.Module):
             stack,
             bias=config.attention_out_bias,
             gain=(2 * config.num_layers) ** -0.5,
+            lora=lora("o"),
         )
         if config.qk_norm:
             width = {"head_dim": config.head_dim}
@@ -166,10 +191,11 @@ class FeedForward(nnx.Module):
     def __init__(self, config: DecoderConfig, keys: jax.Array, stack: Sizes):
         self.config = config
         model, inner = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
-        self.gate = Projection(keys[0], model, inner, stack)
-        self.up = Projection(keys[1], model, inner, stack)
-        gain = (2 * config.num_layers) ** -0.5
-        self.down = Projection(keys[2], inner, model, stack, gain=gain)
+        lora = config.lora_of
+        self.gate = Projection(keys[0], model, inner, stack, lora=lora("gate"))
+        self.up = Projection(keys[1], model, inner, stack, lora=lora("up"))
+        gain, down = (2 * config.num_layers) ** -0.5, lora("down")
+        self.down = Projection(keys[2], inner, model, stack, gain=gain, lora=down)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = self.gate(x)

@@ -15,6 +15,7 @@ from jaxpost.typing import ApplyFn, Head, ModelOutput, Params
 from ._cache import KVCache, init_cache
 from ._config import DecoderConfig
 from ._decoder import Decoder
+from ._quantize import is_quantized
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +55,8 @@ class Model:
 
     def param_count(self) -> int:
         """Number of parameters (a tied head counts once)."""
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
+        leaves = jax.tree.leaves(self.params, is_leaf=is_quantized)
+        return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def build(
@@ -92,7 +94,7 @@ def build(
         )
     if key is None and not abstract:
         raise ValueError("models.build needs a key unless abstract=True.")
-    init = functools.partial(_init, config, jnp.dtype(dtype))
+    init = functools.partial(init_params, config, jnp.dtype(dtype))
     shapes = jax.eval_shape(init, jax.random.key(0))
     placement = None
     if mesh is not None:
@@ -120,7 +122,8 @@ def param_axes(config: DecoderConfig) -> Params:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _init(config: DecoderConfig, dtype: Any, key: jax.Array) -> Params:
+def init_params(config: DecoderConfig, dtype: Any, key: jax.Array) -> Params:
+    """Fresh parameters; those of the base do not depend on `config.lora`."""
     state = nnx.to_pure_dict(nnx.state(Decoder(config, key), nnx.Param))
     return jax.tree.map(lambda leaf: leaf.astype(dtype), state)
 

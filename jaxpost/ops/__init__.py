@@ -8,6 +8,7 @@ from jaxpost.ops._linear_logps import linear_token_logps
 from jaxpost.ops._logits import entropy, logits, token_logps
 from jaxpost.ops._masked import masked_mean, masked_sum, masked_variance, ratio
 from jaxpost.ops._shift import shift_targets
+from jaxpost.ops._trees import join_trees
 
 __all__ = [
     "at_least_float32",
@@ -15,6 +16,7 @@ __all__ = [
     "compute_dtype",
     "default_chunk_size",
     "entropy",
+    "join_trees",
     "kl_estimate",
     "linear_token_logps",
     "logits",

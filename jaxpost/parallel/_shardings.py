@@ -21,6 +21,7 @@ RULES: Rules = {
     "embed": "fsdp",
     "layers": None,
     "head_dim": None,
+    "rank": None,
     "batch": ("data", "fsdp"),
     "length": None,
 }
