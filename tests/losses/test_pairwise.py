@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -225,6 +227,39 @@ def test_minima():
     np.testing.assert_array_equal(
         slopes(losses.hinge, jnp.float32([0.99, 1.0])), [-1, 0]
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "normalized"),
+    [
+        ("sigmoid", losses.PairwiseConfig("bradley_terry"), False),
+        ("sigmoid_norm", losses.PairwiseConfig("bradley_terry"), True),
+        ("hinge", losses.PairwiseConfig("hinge"), False),
+        ("ipo", losses.PairwiseConfig("ipo", tau=0.3), True),
+        ("robust", losses.PairwiseConfig("robust_dpo", flip_rate=0.2), False),
+    ],
+)
+def test_equal_trl(kind, config, normalized):
+    """Values that TRL's own code gave; `record_trl_losses.py` wrote them."""
+    text = pathlib.Path(__file__).with_name("trl_losses.json").read_text("utf-8")
+    recorded = json.loads(text)
+    assert (recorded["beta"], recorded["label_smoothing"]) == (0.3, 0.2)
+    for dtype, tolerance in (("float32", 1e-6), ("float64", 1e-13)):
+        with jax.enable_x64(dtype == "float64"):
+            policy, reference, lengths = (
+                jnp.asarray([pair[key] for pair in recorded["pairs"]], dtype).T
+                for key in ("policy", "reference", "lengths")
+            )
+            margins = losses.dpo_margins(
+                *policy,
+                *reference,
+                beta=1.0 if kind == "ipo" else 0.3,
+                chosen_lengths=lengths[0] if normalized else None,
+                rejected_lengths=lengths[1] if normalized else None,
+            )
+            found = values_of(config)(margins)
+        wanted = recorded["losses"][kind]
+        np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance)
 
 
 # --- what every pairwise loss has in common ---
