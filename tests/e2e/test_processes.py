@@ -10,46 +10,28 @@ import time
 
 import numpy as np
 import pytest
-import yaml
+from toy_config import toy_config, write_config
 
 from jaxpost import parallel
 
 ROOT = pathlib.Path(__file__).parents[2]
-CONFIG = {
-    "recipe": "sft",
-    "name": "toy",
-    "mesh": {"data": -1, "fsdp": 2, "tensor": 2},
-    "model": {
-        "tokenizer": "builtin:words",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "max_positions": 128,
-        "tie_embeddings": False,
-    },
-    "data": {
-        "train": "builtin:arithmetic?count=120&grades=1",
-        "eval": "builtin:arithmetic?count=16&grades=1",
-        "max_length": 128,
-    },
-    "optimizer": {"learning_rate": 1e-2, "schedule": "linear"},
-    "train": {
+CONFIG = toy_config(
+    mesh={"data": -1, "fsdp": 2, "tensor": 2},
+    model={"tie_embeddings": False},
+    optimizer={"learning_rate": 1e-2, "schedule": "linear"},
+    train={
         "steps": 4,
         "batch_size": 8,
         "log_every": 1,
         "eval_every": 2,
         "save_every": 2,
     },
-}
+)
 
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "toy.yaml"
-    path.write_text(yaml.safe_dump(CONFIG))
-    return path
+    return write_config(tmp_path_factory.mktemp("config"), CONFIG)
 
 
 def train(config_file, root, processes, *flags):

@@ -6,30 +6,15 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from toy_config import toy_config, write_config
 
 from jaxpost import cli, recipes, weights
 from jaxpost.recipes.sft import SFTConfig
 
-CONFIG = {
-    "recipe": "sft",
-    "name": "toy",
-    "mesh": {"devices": 1},
-    "model": {
-        "tokenizer": "builtin:words",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "max_positions": 128,
-    },
-    "data": {
-        "train": "builtin:arithmetic?count=120&grades=1",
-        "eval": "builtin:arithmetic?count=16&grades=1",
-        "max_length": 128,
-    },
-    "optimizer": {"learning_rate": "1e-2", "schedule": "linear"},
-    "train": {
+CONFIG = toy_config(
+    mesh={"devices": 1},
+    optimizer={"learning_rate": "1e-2", "schedule": "linear"},
+    train={
         "steps": 6,
         "batch_size": 4,
         "accumulate": 2,
@@ -39,14 +24,12 @@ CONFIG = {
         "sample_prompts": 1,
         "sample_tokens": 8,
     },
-}
+)
 
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "toy.yaml"
-    path.write_text(yaml.safe_dump(CONFIG))
-    return path
+    return write_config(tmp_path_factory.mktemp("config"), CONFIG)
 
 
 @pytest.fixture(scope="module")

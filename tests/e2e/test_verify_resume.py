@@ -1,30 +1,16 @@
 """A run that is killed at a random moment and resumed is the same run."""
 
 import pytest
-import yaml
+from toy_config import toy_config, write_config
 
 from jaxpost import cli
 from jaxpost.recipes.verify_resume import verify_resume
 
-CONFIG = {
-    "recipe": "sft",
-    "mesh": {"devices": 1},
-    "model": {
-        "tokenizer": "builtin:words",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 4,
-        "max_positions": 128,
-    },
-    "data": {
-        "train": "builtin:arithmetic?count=120&grades=1",
-        "eval": "builtin:arithmetic?count=16&grades=1",
-        "max_length": 128,
-    },
-    "optimizer": {"learning_rate": 1e-2, "schedule": "cosine", "warmup_steps": 2},
-    "train": {
+CONFIG = toy_config(
+    mesh={"devices": 1},
+    model={"num_kv_heads": 4},
+    optimizer={"learning_rate": 1e-2, "schedule": "cosine", "warmup_steps": 2},
+    train={
         "steps": 10,
         "batch_size": 8,
         "accumulate": 4,
@@ -33,14 +19,12 @@ CONFIG = {
         "save_every": 2,
         "sample_prompts": 0,
     },
-}
+)
 
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "toy.yaml"
-    path.write_text(yaml.safe_dump(CONFIG))
-    return str(path)
+    return str(write_config(tmp_path_factory.mktemp("config"), CONFIG))
 
 
 def test_one_kill(config_file):
