@@ -78,9 +78,10 @@ def assert_mesh_invariant(
         state: from `training.init_state`; not donated.
         batch: mapping to arrays `[B, ...]`, split over the mesh axes of "batch".
         meshes: shapes, see `parallel.make_mesh`; each takes the first devices.
-        axes: logical axes of `state.params`, e.g. `models.param_axes(config)`. None
-            splits the longest axis of each parameter over "tensor" and the next over
-            "fsdp", a single one over "fsdp".
+        axes: logical axes of what the loss is given, `state.params` with any
+            `state.frozen`, e.g. `models.param_axes(config)`. None splits the longest
+            axis of each parameter over "tensor" and the next over "fsdp", a single one
+            over "fsdp".
         rules: from logical axes to mesh axes, instead of `parallel.RULES`.
         tolerance: see above.
         adaptive: see above; needs recorded gradients.
@@ -96,19 +97,21 @@ def assert_mesh_invariant(
             "in front of the optimizer, optax.chain(record_gradients(), optax.adam(1))."
         )
     if axes is None:
-        axes = jax.tree.map(lambda leaf: _guess_axes(leaf.shape), state.params)
+        axes = jax.tree.map(lambda leaf: _guess_axes(leaf.shape), state.joined())
     for shape in meshes:
         mesh = _mesh(shape)
-        placement = parallel.shardings(axes, mesh, rules, shapes=state.params)
-        state_placement = parallel.shardings_like(state, state.params, placement)
+        placement = parallel.shardings(axes, mesh, rules, shapes=state.joined())
+        state_placement = parallel.shardings_like(state, state.joined(), placement)
         placed = parallel.place(state, state_placement)
         rows = parallel.place(batch, parallel.batch_sharding(mesh, rules))
         # The state must come back as it went in, or the next step would retrace.
         run = jax.jit(step, out_shardings=(state_placement, None))
         after, metrics = run(placed, rows)
         name = ", ".join(f"{axis}: {size}" for axis, size in shape.items())
-        for when, params in (("before", placed.params), ("after", after.params)):
-            _check_bytes(params, mesh, f"on the mesh {{{name}}}, {when} the step")
+        for when, held in (("before", placed), ("after", after)):
+            _check_bytes(
+                held.joined(), mesh, f"on the mesh {{{name}}}, {when} the step"
+            )
         found = _outcome(after, metrics)
         _compare(reference, found, f"on the mesh {{{name}}}", tolerance, adaptive)
 

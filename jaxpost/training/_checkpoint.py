@@ -3,9 +3,11 @@
 A checkpoint is a folder `step_00000010/` that appears by one rename once everything
 in it is on disk, so a crash leaves either a complete checkpoint or none. It holds the
 train state (leaves by key path), and as JSON: the place in the data, the state of a
-NumPy generator, the user's values, metrics, and the leaves' shapes and dtypes.
+NumPy generator, the user's values, metrics, and the leaves' shapes and dtypes. Frozen
+parameters of a `TrainState` are not stored, only their fingerprint.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -20,7 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpost.training._fingerprint import FrozenFingerprint, differences
 from jaxpost.training._manifest import find_damage, write_manifest
+from jaxpost.training._state import TrainState, split_frozen
 from jaxpost.training._step import leaf_name
 
 log = logging.getLogger("jaxpost")
@@ -94,6 +98,7 @@ class Checkpoints:
         self._infos: dict[int, dict[str, Any]] = {}
         self._saving: int | None = None
         self._checkpointer: Any = None
+        self._fingerprint = FrozenFingerprint()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_unfinished()
 
@@ -111,7 +116,8 @@ class Checkpoints:
 
         Args:
             step: optimizer steps taken. One already saved at this step is replaced.
-            state: pytree of JAX and NumPy arrays, PRNG keys and Python numbers.
+            state: pytree of JAX and NumPy arrays, PRNG keys and Python numbers; of the
+                `frozen` part of a `TrainState`, only the fingerprint is saved.
             data: place in the data, a JSON value.
             host_rng: NumPy generator to go on with after a restore.
             user: any JSON value.
@@ -123,11 +129,13 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.wait()
+        state, frozen = split_frozen(state)
         leaves = _named_leaves(state)
         info = {
             "format": 1,
             "step": int(step),
             "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
+            "frozen": None if frozen is None else self._fingerprint(frozen),
             "data": data,
             "host_rng": None if host_rng is None else host_rng.bit_generator.state,
             "user": user,
@@ -176,13 +184,16 @@ class Checkpoints:
         Args:
             like: pytree of arrays or `jax.ShapeDtypeStruct`, the structure, shapes,
                 dtypes and shardings of the result; values are not read. Leaves that are
-                not committed to devices stay uncommitted.
+                not committed to devices stay uncommitted. The `frozen` part of a
+                `TrainState` becomes the result's, once it is found to be what the run
+                was saved with.
             step: which; None is the newest complete one whose checksums hold. Newer
                 ones that are damaged are named in a warning and renamed to `damaged_*`.
 
         Raises:
-            CheckpointError: there is none; it cannot be read; or its leaves differ from
-                `like`, naming each missing, extra or mis-shaped leaf.
+            CheckpointError: there is none; it cannot be read; its leaves differ from
+                `like`, naming each missing, extra or mis-shaped leaf; or so do the
+                values of frozen ones.
         """
         import orbax.checkpoint as ocp
 
@@ -203,8 +214,11 @@ class Checkpoints:
         if newest and jax.process_index() == 0:
             self._set_aside(step)
         info = self._info(step)
+        like, frozen = split_frozen(like)
         wanted = _named_leaves(like)
         self._check_fits(step, info["leaves"], wanted)
+        if isinstance(like, TrainState):
+            self._check_frozen(step, info.get("frozen"), frozen)
         templates = {
             name: _template(leaf) for name, leaf in wanted.items() if np.size(leaf)
         }
@@ -217,6 +231,8 @@ class Checkpoints:
             raise CheckpointError(f"Cannot read {self.path(step)}: {error}") from error
         leaves = [_restored(leaf, stored.get(name)) for name, leaf in wanted.items()]
         state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        if frozen is not None:
+            state = state._replace(frozen=frozen)
         return Restored(
             step=step,
             state=state,
@@ -373,6 +389,17 @@ class Checkpoints:
                 + (f"\n  ... and {more} more" if more else "")
             )
 
+    def _check_frozen(self, step: int, stored: Any, frozen: Any) -> None:
+        found = {} if frozen is None else self._fingerprint(frozen)
+        if problems := differences(stored or {}, found):
+            more = len(problems) - 20
+            raise CheckpointError(
+                f"The checkpoint {self.path(step)} was trained beside other frozen "
+                "parameters (another base or reference model?):\n"
+                + "\n".join(problems[:20])
+                + (f"\n  ... and {more} more" if more > 0 else "")
+            )
+
 
 def checkpoint_hashes(
     folder: str | os.PathLike, step: int
@@ -454,9 +481,12 @@ def _restored(leaf: Any, stored: Any) -> Any:
     if stored is None:  # of size 0: never stored
         stored = np.empty(np.shape(leaf), leaf.dtype)
     if _is_key(leaf):
-        key = jax.random.wrap_key_data(jnp.asarray(stored), impl=leaf.dtype._impl)
+        wrap = functools.partial(jax.random.wrap_key_data, impl=leaf.dtype._impl)
         placed = getattr(leaf, "committed", True) and getattr(leaf, "sharding", None)
-        return jax.device_put(key, leaf.sharding) if placed else key
+        if not placed:
+            return wrap(jnp.asarray(stored))
+        # Compiled: it may lie on devices of other hosts, where nothing can be put.
+        return jax.jit(wrap, out_shardings=leaf.sharding)(np.asarray(stored))
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return jnp.asarray(stored)
     if isinstance(leaf, np.ndarray | np.generic):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxpost.training._state import split_frozen
 from jaxpost.training._step import leaf_name
 
 
@@ -34,27 +35,34 @@ class CompiledStep:
         self._max_traces = max_traces
         self._signatures: list[dict[str, str]] = []
 
-        def counted(state, batch):
+        def counted(state, frozen, batch):
             # Runs only while tracing; compiled calls never come here.
+            if frozen is not None:
+                state = state._replace(frozen=frozen)
             self._count({"state": state, "batch": dict(batch)})
-            return step(state, batch)
+            state, metrics = step(state, batch)
+            # Neither donated nor returned: what is frozen stays where it is.
+            return split_frozen(state)[0], metrics
 
         self._jitted = jax.jit(
             counted,
             donate_argnums=(0,) if donate else (),
-            out_shardings=(state_shardings, None),
+            out_shardings=(split_frozen(state_shardings)[0], None),
         )
 
     def __call__(self, state: Any, batch: Any) -> Any:
         before, start = self.traces, time.perf_counter()
-        result = self._jitted(state, batch)
+        state, frozen = split_frozen(state)
+        state, metrics = self._jitted(state, frozen, batch)
         if self.traces != before:
             self.compile_s += time.perf_counter() - start
-        return result
+        if frozen is not None:
+            state = state._replace(frozen=frozen)
+        return state, metrics
 
     def lower(self, state: Any, batch: Any) -> Any:
         """As `jax.jit(...).lower`; arguments may be abstract."""
-        return self._jitted.lower(state, batch)
+        return self._jitted.lower(*split_frozen(state), batch)
 
     def _count(self, arguments: dict[str, Any]) -> None:
         signature = {
@@ -95,10 +103,10 @@ def compile_step(
     Args:
         step: a pure step, as `make_train_step` returns.
         donate: let the new state reuse the old one's memory; the caller's `state` is
-            unusable after the call.
+            unusable after the call, except for `state.frozen`.
         max_traces: number of length buckets; one more distinct set of shapes raises.
-        state_shardings: of the new state, a tree like it, so that it comes back as it
-            went in; None leaves them to the compiler.
+        state_shardings: of the new state, a tree like it (but for `frozen`), so that it
+            comes back as it went in; None leaves them to the compiler.
 
     Returns:
         A callable with the step's signature.

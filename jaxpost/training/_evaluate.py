@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpost import ops
 from jaxpost.training._state import TrainState
 from jaxpost.training._step import loss_metrics
 from jaxpost.typing import Batch, LossFn, LossOutput
@@ -34,8 +35,9 @@ def make_eval_fn(
     """
 
     @jax.jit
-    def outputs(params, method_state, batch, key):
-        output = loss_fn(params, method_state, batch, key)
+    def outputs(params, frozen, method_state, batch, key):
+        everything = ops.join_trees(params, frozen)
+        output = loss_fn(everything, method_state, batch, key)
         return jax.tree.map(jnp.asarray, (output.terms, output.metrics))
 
     @jax.jit
@@ -52,7 +54,7 @@ def make_eval_fn(
         for index, batch in enumerate(batches()):
             batch = dict(batch) if place is None else place(batch)
             key = jax.random.fold_in(state.key, index)
-            ahead = outputs(params, state.method_state, batch, key)
+            ahead = outputs(params, state.frozen, state.method_state, batch, key)
             if running is not None:  # one batch ahead of the device, never more
                 collected.append(jax.device_get(running))
             running = ahead

@@ -375,9 +375,15 @@ class _Loop:
                 callback.on_log(line["step"], line)
 
     def _fail(self, number, code, names, state) -> None:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        parts = {"parameter": state.params, "frozen parameter": state.frozen}
+        for kind, path, leaf in (
+            (kind, path, leaf)
+            for kind, tree in parts.items()
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            if jnp.issubdtype(leaf.dtype, jnp.inexact)
+        ):
             if not bool(jnp.all(jnp.isfinite(leaf))):
-                tensor = f"parameter {leaf_name(path)!r}"
+                tensor = f"{kind} {leaf_name(path)!r}"
                 break
         else:
             terms = [name[5:] for name in names if name.startswith("loss/")]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpost import ops
 from jaxpost.typing import Params
 
 
@@ -22,6 +23,11 @@ class TrainState(NamedTuple):
         key: PRNG key of the run; never advanced. Step `s` uses `fold_in(key, s)`.
         method_state: the method's memory, any pytree, or None.
         ema: exponential moving average of `params`, or None.
+        frozen: parameters that the loss reads but the step never changes, such as the
+            base under adapters, or a reference model; nested dict that shares no leaf's
+            place with `params`, or None. Not differentiated, without moments, not in
+            checkpoints (which hold its fingerprint), not donated by `compile_step`: so
+            other holders may share its arrays.
     """
 
     step: jax.Array
@@ -30,6 +36,22 @@ class TrainState(NamedTuple):
     key: jax.Array
     method_state: Any = None
     ema: Params | None = None
+    frozen: Params | None = None
+
+    def joined(self, *, use_ema: bool = False) -> Params:
+        """What the loss function is given: `params`, or `ema`, with `frozen`.
+
+        Raises:
+            ValueError: a leaf is both trained and frozen.
+        """
+        return ops.join_trees(self.ema if use_ema else self.params, self.frozen)
+
+
+def split_frozen(state: Any) -> tuple[Any, Params | None]:
+    """The state without its frozen parameters, and these; for a state of any type."""
+    if not isinstance(state, TrainState) or state.frozen is None:
+        return state, None
+    return state._replace(frozen=None), state.frozen
 
 
 def init_state(
@@ -39,6 +61,7 @@ def init_state(
     *,
     method_state: Any = None,
     ema: bool | Params | None = None,
+    frozen: Params | None = None,
     master_dtype: Any = jnp.float32,
     copy: bool = True,
 ) -> TrainState:
@@ -52,6 +75,8 @@ def init_state(
         key: PRNG key of the run.
         method_state: the method's memory, any pytree.
         ema: True starts a moving average at `params`; a pytree continues one.
+        frozen: parameters that stay as they are, neither copied nor widened; see
+            `TrainState`.
         master_dtype: dtype of the master weights, or None to leave `params` alone.
         copy: copy the leaves that need no widening. The compiled step donates its
             state, so without a copy the caller's `params` are gone after the first
@@ -59,7 +84,11 @@ def init_state(
 
     Returns:
         State with `step == 0`.
+
+    Raises:
+        ValueError: a leaf is both in `params` and in `frozen`.
     """
+    ops.join_trees(params, frozen)
 
     def master(leaf):
         leaf = jnp.asarray(leaf)
@@ -81,4 +110,5 @@ def init_state(
         key=key,
         method_state=method_state,
         ema=ema,
+        frozen=frozen,
     )

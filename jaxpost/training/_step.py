@@ -41,6 +41,9 @@ def make_train_step(
     Randomness: microbatch `a` of step `s` gets `fold_in(fold_in(state.key, s), a)`.
     `method_state` passes through the microbatches in order.
 
+    With `state.frozen`, `loss_fn` is given the union of `state.params` and it as its
+    `params`; the gradient is that of `state.params` alone.
+
     A step whose loss terms or gradient are not finite changes nothing: the state comes
     back as it was, and `metrics["nonfinite"]` says what broke.
 
@@ -58,8 +61,8 @@ def make_train_step(
 
     Raises:
         ValueError: `accumulate` or `ema_decay` out of range; while tracing: batch rows
-            not divisible, no loss terms, changed structure of `method_state`, or a
-            metric that would hide one of ours.
+            not divisible, no loss terms, changed structure of `method_state`, a
+            metric that would hide one of ours, or a leaf both trained and frozen.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}.")
@@ -102,7 +105,9 @@ def make_train_step(
         # A branch, not a select: that would keep a second copy of the weights alive.
         count, params, opt_state, method_state, ema = jax.lax.cond(ok, update, keep)
         return (
-            TrainState(count, params, opt_state, state.key, method_state, ema),
+            TrainState(
+                count, params, opt_state, state.key, method_state, ema, state.frozen
+            ),
             metrics,
         )
 
@@ -149,7 +154,10 @@ def _whole_batch(loss_fn, state, batch, key):
     """One forward and backward pass; weights come from the same pass."""
 
     def loss(params):
-        output = loss_fn(params, state.method_state, batch, jax.random.fold_in(key, 0))
+        everything = ops.join_trees(params, state.frozen)
+        output = loss_fn(
+            everything, state.method_state, batch, jax.random.fold_in(key, 0)
+        )
         weights = {name: term.weight for name, term in output.terms.items()}
         return objective(output, weights), (output, weights)
 
@@ -162,7 +170,7 @@ def _accumulated(loss_fn, state, micro, key, count):
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(count))
 
     def add_weights(method_state, item):
-        output = loss_fn(state.params, method_state, *item)
+        output = loss_fn(state.joined(), method_state, *item)
         weights = {name: term.weight for name, term in output.terms.items()}
         return output.method_state, weights
 
@@ -171,7 +179,8 @@ def _accumulated(loss_fn, state, micro, key, count):
     weights = jax.lax.stop_gradient(weights)
 
     def loss(params, method_state, item):
-        output = loss_fn(params, method_state, *item)
+        everything = ops.join_trees(params, state.frozen)
+        output = loss_fn(everything, method_state, *item)
         return objective(output, weights), output
 
     def add_gradient(carry, item):
