@@ -116,6 +116,15 @@ def verify_resume(arguments: Sequence[str]) -> int:
     return 1 if any(verdict.problems for verdict in verdicts) else 0
 
 
+def plan(arguments: Sequence[str]) -> int:
+    """Forecast memory, traffic and time of a run on devices you do not have."""
+    from jaxpost.recipes.plan import run_plan
+
+    path, flags = _take_config("plan", arguments)
+    run_plan(path, flags)
+    return 0
+
+
 def data_check(arguments: Sequence[str]) -> int:
     """Show how a config's rows are tokenised and masked, and list their problems."""
     from jaxpost import recipes
@@ -171,6 +180,7 @@ class Verb:
 
 VERBS = {
     "train": Verb(train, computes=True),
+    "plan": Verb(plan),
     "verify-resume": Verb(verify_resume),
     "generate": Verb(generate, computes=True),
     "convert": Verb(convert),

@@ -1,6 +1,6 @@
 """Meshes, logical axis rules, placement of trees; several hosts as one program."""
 
-from jaxpost.parallel._chips import CHIPS, Chip, find_chip
+from jaxpost.parallel._chips import CHIPS, GB, Chip, find_chip
 from jaxpost.parallel._hlo import (
     Collective,
     Product,
@@ -17,12 +17,7 @@ from jaxpost.parallel._plan import (
     roofline,
     sum_by_kind,
 )
-from jaxpost.parallel._processes import (
-    MissingProcessError,
-    gather_to_hosts,
-    start_processes,
-    wait_for_processes,
-)
+from jaxpost.parallel._processes import MissingProcessError, start_processes
 from jaxpost.parallel._shardings import (
     RULES,
     Rules,
@@ -31,11 +26,18 @@ from jaxpost.parallel._shardings import (
     shardings,
     shardings_like,
 )
+from jaxpost.parallel._together import (
+    compile_together,
+    gather_to_hosts,
+    on_first_process,
+    wait_for_processes,
+)
 from jaxpost.parallel._vocabulary import split_vocabulary
 
 __all__ = [
     "AXES",
     "CHIPS",
+    "GB",
     "MARGIN",
     "RULES",
     "Chip",
@@ -49,11 +51,13 @@ __all__ = [
     "bytes_per_device",
     "estimate_temporaries",
     "find_chip",
+    "compile_together",
     "gather_to_hosts",
     "give_virtual_devices_threads",
     "list_collectives",
     "list_products",
     "make_mesh",
+    "on_first_process",
     "place",
     "roofline",
     "shardings",

@@ -4,7 +4,7 @@ Recipes are chosen by the config's `recipe` key and imported only then.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxpost.recipes._config import (
@@ -21,6 +21,7 @@ __all__ = [
     "RECIPES",
     "ConfigError",
     "check_data",
+    "config_type",
     "load_config",
     "run",
     "to_mapping",
@@ -39,15 +40,23 @@ def load_config(path: str | None, flags: Sequence[str] = (), *, prog: str) -> An
         ConfigError: the file, its recipe, a key or a value is wrong.
     """
     values = {} if path is None else read_yaml(path)
+    config = from_mapping(config_type(values, path), values, where=str(path))
+    return with_flags(config, flags, prog=prog)
+
+
+def config_type(values: Mapping[str, Any], path: str | None) -> Any:
+    """The config's dataclass of the recipe that `values` name.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
     name = values.get("recipe", "sft")
     if name not in RECIPES:
         raise ConfigError(
             f"{path}: no recipe {name!r}; there are {', '.join(sorted(RECIPES))}."
         )
     module, schema = RECIPES[name]
-    config_type = getattr(importlib.import_module(module), schema)
-    config = from_mapping(config_type, values, where=str(path))
-    return with_flags(config, flags, prog=prog)
+    return getattr(importlib.import_module(module), schema)
 
 
 def run(config: Any, *, resume: bool = False) -> Any:

@@ -172,7 +172,7 @@ def open_layout(section: MeshSection, batch_rows: int) -> Layout:
     if section.devices is not None and jax.process_count() > 1:
         raise ConfigError("mesh.devices cannot be given with several processes.")
     mesh = parallel.make_mesh(shape, devices=devices[: section.devices])
-    rules = {name: _mesh_axes(name, text) for name, text in section.rules.items()}
+    rules = read_rules(section)
     if mesh.size == 1:
         return Layout()
     layout = Layout(mesh, rules)
@@ -185,6 +185,15 @@ def open_layout(section: MeshSection, batch_rows: int) -> Layout:
             f"{below} rows."
         )
     return layout
+
+
+def read_rules(section: MeshSection) -> dict[str, tuple[str, ...]]:
+    """`mesh.rules` of the config, with each rule's axes apart.
+
+    Raises:
+        ConfigError: a name that is no logical axis or no mesh axis.
+    """
+    return {name: _mesh_axes(name, text) for name, text in section.rules.items()}
 
 
 def _mesh_axes(name: str, text: str) -> tuple[str, ...]:
