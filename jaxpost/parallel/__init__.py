@@ -17,7 +17,12 @@ from jaxpost.parallel._plan import (
     roofline,
     sum_by_kind,
 )
-from jaxpost.parallel._processes import MissingProcessError, start_processes
+from jaxpost.parallel._processes import (
+    MissingProcessError,
+    gather_to_hosts,
+    start_processes,
+    wait_for_processes,
+)
 from jaxpost.parallel._shardings import (
     RULES,
     Rules,
@@ -25,12 +30,6 @@ from jaxpost.parallel._shardings import (
     place,
     shardings,
     shardings_like,
-)
-from jaxpost.parallel._together import (
-    compile_together,
-    gather_to_hosts,
-    on_first_process,
-    wait_for_processes,
 )
 from jaxpost.parallel._vocabulary import split_vocabulary
 
@@ -51,13 +50,11 @@ __all__ = [
     "bytes_per_device",
     "estimate_temporaries",
     "find_chip",
-    "compile_together",
     "gather_to_hosts",
     "give_virtual_devices_threads",
     "list_collectives",
     "list_products",
     "make_mesh",
-    "on_first_process",
     "place",
     "roofline",
     "shardings",
