@@ -1,5 +1,6 @@
 """Other people's checkpoint formats, both ways; the only room that knows them."""
 
+from jaxpost.weights._adapter import load_adapter, save_adapter
 from jaxpost.weights._card import ModelCard
 from jaxpost.weights._config import FAMILIES, from_hf_config, to_hf_config
 from jaxpost.weights._convert import convert
@@ -21,7 +22,9 @@ __all__ = [
     "from_hf_config",
     "hf_tensors",
     "load",
+    "load_adapter",
     "save",
+    "save_adapter",
     "special_ids",
     "to_hf_config",
     "verify_export",

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxpost import models
+from jaxpost.weights._errors import WeightsError
 
 FUSED_FAMILIES = ("phi3",)
 
@@ -81,7 +82,13 @@ def parameter_pieces(config: models.DecoderConfig) -> list[Piece]:
 
     Raises:
         NotImplementedError: the decoder has experts or layer norms.
+        WeightsError: it has adapters, which a checkpoint has no place for.
     """
+    if config.lora is not None:
+        raise WeightsError(
+            "the model has adapters: save models.merge_lora(model), or the adapters "
+            "alone with weights.save_adapter."
+        )
     if config.experts is not None or config.norm_kind != "rms":
         raise NotImplementedError(
             f"weights of family {config.family!r} with experts or layer norms have no "
