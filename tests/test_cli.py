@@ -46,6 +46,7 @@ def test_each_verb_has_complete_help(verb, monkeypatch, capsys):
     assert "usage: jaxpost" in shown
     documented = {
         "train": "--optimizer.learning-rate",
+        "plan": "--chip",
         "verify-resume": "--kills",
         "data check": "--data.train",
         "generate": "--max-new-tokens",
