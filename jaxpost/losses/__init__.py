@@ -1,6 +1,7 @@
 """Losses: arrays in, unreduced values and their weights out, never a mean."""
 
 from jaxpost.losses._adaptive import AdaptiveOutput, adaptive_scaling
+from jaxpost.losses._divergence import divergence
 from jaxpost.losses._pairwise import (
     bradley_terry,
     dpo_margins,
@@ -24,6 +25,7 @@ __all__ = [
     "R3MOutput",
     "adaptive_scaling",
     "bradley_terry",
+    "divergence",
     "dpo_margins",
     "hinge",
     "ipo",
