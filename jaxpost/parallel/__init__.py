@@ -7,6 +7,7 @@ from jaxpost.parallel._hlo import (
     list_collectives,
     list_products,
 )
+from jaxpost.parallel._lookup import Lookup, split_lookup
 from jaxpost.parallel._mesh import AXES, give_virtual_devices_threads, make_mesh
 from jaxpost.parallel._plan import (
     MARGIN,
@@ -17,12 +18,7 @@ from jaxpost.parallel._plan import (
     roofline,
     sum_by_kind,
 )
-from jaxpost.parallel._processes import (
-    MissingProcessError,
-    gather_to_hosts,
-    start_processes,
-    wait_for_processes,
-)
+from jaxpost.parallel._processes import MissingProcessError, start_processes
 from jaxpost.parallel._shardings import (
     RULES,
     Rules,
@@ -30,6 +26,13 @@ from jaxpost.parallel._shardings import (
     place,
     shardings,
     shardings_like,
+)
+from jaxpost.parallel._together import (
+    FirstProcessError,
+    compile_together,
+    gather_to_hosts,
+    on_first_process,
+    wait_for_processes,
 )
 from jaxpost.parallel._vocabulary import split_vocabulary
 
@@ -41,6 +44,8 @@ __all__ = [
     "RULES",
     "Chip",
     "Collective",
+    "FirstProcessError",
+    "Lookup",
     "Memory",
     "MissingProcessError",
     "Product",
@@ -48,6 +53,7 @@ __all__ = [
     "Rules",
     "batch_sharding",
     "bytes_per_device",
+    "compile_together",
     "estimate_temporaries",
     "find_chip",
     "gather_to_hosts",
@@ -55,10 +61,12 @@ __all__ = [
     "list_collectives",
     "list_products",
     "make_mesh",
+    "on_first_process",
     "place",
     "roofline",
     "shardings",
     "shardings_like",
+    "split_lookup",
     "split_vocabulary",
     "start_processes",
     "sum_by_kind",

@@ -7,7 +7,6 @@ within C++ without saying which. So process 0 first calls the roll over plain so
 import json
 import socket
 import time
-from typing import Any
 
 import jax
 
@@ -62,33 +61,6 @@ def start_processes(
     jax.distributed.initialize(
         coordinator, count, index, initialization_timeout=max(int(deadline_s), 1)
     )
-
-
-def gather_to_hosts(tree: Any) -> Any:
-    """The whole tree on every process, one array at a time.
-
-    Args:
-        tree: arrays, each the same global array on all processes; every process must
-            call this.
-
-    Returns:
-        The tree of NumPy arrays; the tree itself if there is one process.
-    """
-    if jax.process_count() == 1:
-        return tree
-    from jax.experimental import multihost_utils
-
-    return jax.tree.map(
-        lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree
-    )
-
-
-def wait_for_processes(name: str) -> None:
-    """Returns once every process has come here; `name` tells errors apart."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
 
 
 def _call_roll(port: int, count: int, until: float, deadline_s: float) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxpost import parallel
 from jaxpost.training._state import split_frozen
 from jaxpost.training._step import leaf_name
 
@@ -49,11 +50,12 @@ class CompiledStep:
             donate_argnums=(0,) if donate else (),
             out_shardings=(split_frozen(state_shardings)[0], None),
         )
+        self._together = parallel.compile_together(self._jitted)
 
     def __call__(self, state: Any, batch: Any) -> Any:
         before, start = self.traces, time.perf_counter()
         state, frozen = split_frozen(state)
-        state, metrics = self._jitted(state, frozen, batch)
+        state, metrics = self._together(state, frozen, batch)
         if self.traces != before:
             self.compile_s += time.perf_counter() - start
         if frozen is not None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpost import ops
+from jaxpost import ops, parallel
 from jaxpost.training._state import TrainState
 from jaxpost.training._step import loss_metrics
 from jaxpost.typing import Batch, LossFn, LossOutput
@@ -34,12 +34,14 @@ def make_eval_fn(
         The function; it raises ValueError if there was no batch.
     """
 
+    @parallel.compile_together
     @jax.jit
     def outputs(params, frozen, method_state, batch, key):
         everything = ops.join_trees(params, frozen)
         output = loss_fn(everything, method_state, batch, key)
         return jax.tree.map(jnp.asarray, (output.terms, output.metrics))
 
+    @parallel.compile_together
     @jax.jit
     def finish(stacked):
         terms, metrics = stacked

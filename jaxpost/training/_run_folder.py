@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from jaxpost import parallel
+
 _PACKAGES = (
     "jaxpost",
     "jax",
@@ -137,16 +139,24 @@ def create_run(
             process is writing there now.
         OSError: the folder cannot be made or written.
     """
+    run = RunFolder(path)
+
+    def prepare() -> None:
+        if (run.path / "config.yaml").exists() and not resume:
+            raise FileExistsError(
+                f"{run.path} already holds a run: choose another name, or resume it."
+            )
+        _write_head(run, config, seeds, data)
+
+    parallel.on_first_process(f"opening {run.path}", prepare)
+    return run
+
+
+def _write_head(run: RunFolder, config: Any, seeds: Any, data: Any) -> None:
+    """Locks the folder and writes what is there from the start."""
     import yaml
 
-    run = RunFolder(path)
     config_file = run.path / "config.yaml"
-    if config_file.exists() and not resume:
-        raise FileExistsError(
-            f"{run.path} already holds a run: choose another name, or resume it."
-        )
-    if jax.process_index() != 0:
-        return run
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         run.lock()
@@ -169,7 +179,6 @@ def create_run(
         first.setdefault("resumes", []).append(now)
         now = first
     _write_whole(file, json.dumps(now, indent=2) + "\n")
-    return run
 
 
 def _write_whole(file: pathlib.Path, text: str) -> None:
