@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxpost.parallel import Lookup
 from jaxpost.typing import ModelOutput
 
 from ._cache import KVCache
@@ -39,8 +40,10 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
+        *,
+        lookup: Lookup | None = None,
     ) -> ModelOutput:
-        x = self.embed(tokens)
+        x = self.embed(tokens, lookup)
         if segment_ids is not None:
             # Padding starts at zero, so no bad id or row reaches a gradient through it.
             real = (segment_ids != 0)[:, :, None]

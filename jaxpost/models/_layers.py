@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpost import ops
+from jaxpost.parallel import Lookup
 
 from ._cache import KVCache, update_layer
 from ._config import DecoderConfig, LoraConfig
@@ -252,5 +253,6 @@ class Embedding(nnx.Module):
             0.02 * jax.random.normal(key, shape), axes=("vocab", "embed")
         )
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding[...][tokens]
+    def __call__(self, tokens: jax.Array, lookup: Lookup | None = None) -> jax.Array:
+        table = self.embedding[...]
+        return table[tokens] if lookup is None else lookup(table, tokens)

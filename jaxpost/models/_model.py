@@ -26,15 +26,20 @@ class Model:
     Fields:
         params: nested dict of arrays, layers stacked on a leading axis.
         config: static.
+        lookup: how rows of the embedding are found, from `parallel.split_lookup`;
+            static; None is plain indexing.
     """
 
     params: Params
     config: DecoderConfig = dataclasses.field(metadata={"static": True})
+    lookup: parallel.Lookup | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
 
     @property
     def apply(self) -> ApplyFn:
         """`apply(params, tokens, positions, segment_ids=None, cache=None)`."""
-        return _apply_of(self.config)
+        return _apply_of(self.config, self.lookup)
 
     def unembed(self, params: Params) -> Head:
         """The output head of `params`, `[D, V]`."""
@@ -52,6 +57,10 @@ class Model:
     def replace(self, *, params: Params) -> "Model":
         """The same model with other parameters."""
         return dataclasses.replace(self, params=params)
+
+    def with_lookup(self, lookup: parallel.Lookup | None) -> "Model":
+        """The same model that finds rows of its embedding by `lookup`."""
+        return dataclasses.replace(self, lookup=lookup)
 
     def param_count(self) -> int:
         """Number of parameters (a tied head counts once)."""
@@ -135,7 +144,7 @@ def _split(config: DecoderConfig):
 
 
 @functools.lru_cache(maxsize=64)
-def _apply_of(config: DecoderConfig) -> ApplyFn:
+def _apply_of(config: DecoderConfig, lookup: parallel.Lookup | None) -> ApplyFn:
     graph, _ = _split(config)
 
     @jax.jit
@@ -146,6 +155,7 @@ def _apply_of(config: DecoderConfig) -> ApplyFn:
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> ModelOutput:
-        return nnx.merge(graph, params)(tokens, positions, segment_ids, cache)
+        decoder = nnx.merge(graph, params)
+        return decoder(tokens, positions, segment_ids, cache, lookup=lookup)
 
     return apply

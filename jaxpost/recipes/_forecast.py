@@ -312,7 +312,7 @@ def _compile(config: Any, run: _Abstract, chunk: int) -> tuple[Any, float]:
     token_logps = functools.partial(ops.linear_token_logps, chunk_size=chunk)
     layout = run.layout
     loss_fn = sft_loss(
-        run.model,
+        run.model.with_lookup(layout.lookup),
         token_logps=parallel.split_vocabulary(token_logps, layout.mesh, layout.rules),
     )
     step = training.make_train_step(

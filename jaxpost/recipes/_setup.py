@@ -69,6 +69,11 @@ class Layout:
         return parallel.split_vocabulary(ops.linear_token_logps, self.mesh, self.rules)
 
     @property
+    def lookup(self) -> parallel.Lookup | None:
+        """Rows of an embedding that lies on these devices, for `Model.with_lookup`."""
+        return parallel.split_lookup(self.mesh, self.rules)
+
+    @property
     def batch_share(self) -> tuple[int, int]:
         """Which slice of each batch this process reads, of how many slices.
 

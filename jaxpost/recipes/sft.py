@@ -116,7 +116,9 @@ def run(config: SFTConfig, *, resume: bool = False) -> training.TrainState:
     """
     with _run.open_run(config, resume=resume) as run:
         loss_fn = sft_loss(
-            run.model, dtype=run.compute_dtype, token_logps=run.layout.token_logps
+            run.model.with_lookup(run.layout.lookup),
+            dtype=run.compute_dtype,
+            token_logps=run.layout.token_logps,
         )
         step = training.make_train_step(
             loss_fn,
