@@ -13,6 +13,7 @@ from jaxpost.data._arithmetic import (
     check_arithmetic,
     check_arithmetic_work,
 )
+from jaxpost.data._arithmetic_pairs import arithmetic_pair_rows
 from jaxpost.data._batches import Batches
 from jaxpost.data._check import DataCheck, DataProblem, check_data
 from jaxpost.data._columns import (
@@ -42,6 +43,14 @@ from jaxpost.data._packing import (
     pad_batch,
     stack,
 )
+from jaxpost.data._pairs import (
+    CHOSEN,
+    REJECTED,
+    join_ids,
+    pad_pairs,
+    split_id,
+    with_columns,
+)
 from jaxpost.data._records import Row, read_jsonl
 from jaxpost.data._show import (
     TokenView,
@@ -61,6 +70,8 @@ from jaxpost.data._tokenizer import (
 from jaxpost.data._train_tokenizer import train_word_tokenizer
 
 __all__ = [
+    "CHOSEN",
+    "REJECTED",
     "BadRow",
     "BadRows",
     "Batches",
@@ -78,6 +89,7 @@ __all__ = [
     "TokenRow",
     "TokenView",
     "Tokenizer",
+    "arithmetic_pair_rows",
     "arithmetic_problem",
     "arithmetic_rows",
     "arithmetic_split",
@@ -91,6 +103,7 @@ __all__ = [
     "encode_row",
     "example_id",
     "fingerprint",
+    "join_ids",
     "load_examples",
     "load_pairs",
     "load_rows",
@@ -101,12 +114,14 @@ __all__ = [
     "packing_efficiency",
     "pad",
     "pad_batch",
+    "pad_pairs",
     "read_jsonl",
     "read_rows",
     "render_check",
     "render_text",
     "render_tokens",
     "row_kind",
+    "split_id",
     "split_preference",
     "stack",
     "stdlib_fingerprint",
@@ -114,4 +129,5 @@ __all__ = [
     "stdlib_rows",
     "train_word_tokenizer",
     "view_tokens",
+    "with_columns",
 ]

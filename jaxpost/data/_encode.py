@@ -131,7 +131,8 @@ def encode_pair(
 
     Raises:
         BadRow: also `wrong_column` where there is no `chosen` and `rejected`, and
-            `equal_pair` where both are the same.
+            `equal_pair` where both are the same, in words or, once encoded and
+            truncated, in tokens.
     """
     _check_settings("auto", on_too_long)
     prompt, chosen, rejected = split_preference(row)
@@ -141,6 +142,13 @@ def encode_pair(
             row, tokenizer, prompt, answer, "completion", append_eos
         )
         sides.append(_finish(row, example, tokenizer, max_length, on_too_long))
+    if np.array_equal(sides[0].tokens, sides[1].tokens):
+        cut = sides[0].truncated or sides[1].truncated
+        raise row.bad(
+            "equal_pair",
+            "chosen and rejected have the same tokens" + " once truncated" * cut,
+            "raise --data.max-length" if cut else "remove the row",
+        )
     return Pair(sides[0], sides[1], example_id([prompt, chosen, rejected]))
 
 
