@@ -15,16 +15,21 @@ from jaxpost.losses._pairwise_config import (
     PairwiseOutput,
     pairwise_loss,
 )
+from jaxpost.losses._policy import ClippedPolicyOutput, clipped_policy
 from jaxpost.losses._r3m import R3MOutput, r3m
 from jaxpost.losses._sft import sft
+from jaxpost.losses._value import clipped_value
 
 __all__ = [
     "AdaptiveOutput",
+    "ClippedPolicyOutput",
     "PairwiseConfig",
     "PairwiseOutput",
     "R3MOutput",
     "adaptive_scaling",
     "bradley_terry",
+    "clipped_policy",
+    "clipped_value",
     "divergence",
     "dpo_margins",
     "hinge",
