@@ -59,7 +59,8 @@ def add_lora(
         shapes = jax.eval_shape(init, key)
         placement = parallel.shardings(axes, mesh, rules, shapes=shapes)
     adapters = jax.jit(init, out_shardings=placement)(key)
-    return Model(ops.join_trees(model.params, adapters), config)
+    params = ops.join_trees(model.params, adapters)
+    return dataclasses.replace(model, params=params, config=config)
 
 
 def split_lora(params: Params) -> tuple[Params, Params]:
@@ -86,7 +87,9 @@ def without_lora(model: Model) -> Model:
     """The base of a model with adapters, sharing its arrays; the model, if none."""
     if model.config.lora is None:
         return model
-    return Model(split_lora(model.params)[1], model.config.replace(lora=None))
+    config = model.config.replace(lora=None)
+    params = split_lora(model.params)[1]
+    return dataclasses.replace(model, params=params, config=config)
 
 
 def merge_lora(model: Model) -> Model:
@@ -116,7 +119,8 @@ def merge_lora(model: Model) -> Model:
         return merged
 
     scale = model.config.lora.scale
-    return Model(walk(model.params), model.config.replace(lora=None))
+    config = model.config.replace(lora=None)
+    return dataclasses.replace(model, params=walk(model.params), config=config)
 
 
 def quantize_base(model: Model, kind: Quantization) -> Model:

@@ -10,17 +10,41 @@ from jaxpost.recipes._run import Run
 def export(run: Run, state: training.TrainState, *, method: str) -> None:
     """Saves `run.folder/export`, reloads it, compares logits, writes the receipt.
 
+    A model with adapters is exported with them merged in, or as its adapters alone to
+    `run.folder/adapter`, or both, as `export.lora` says.
+
     Args:
         run: the finished run.
         state: its last state; the moving average is exported if there is one.
         method: for the model card, a sentence.
     """
-    params = state.params if state.ema is None else state.ema
+    params = state.joined(use_ema=state.ema is not None)
     params = parallel.gather_to_hosts(params)
-    if jax.process_index() == 0:
+
+    def write() -> None:
         model = run.model.replace(params=jax.tree.map(jnp.asarray, params))
-        _write(run, model, method)
-    parallel.wait_for_processes("export")
+        chosen = run.config.export.lora
+        if model.config.lora is not None and chosen in ("adapter", "both"):
+            _write_adapter(run, model)
+        if model.config.lora is None:
+            _write(run, model, method)
+        elif chosen in ("merged", "both"):
+            merged = models.merge_lora(model)
+            # In float32, so that it computes as its reload does.
+            wide = models.cast_params(merged.params, jnp.float32)
+            _write(run, merged.replace(params=wide), method)
+
+    parallel.on_first_process("export", write)
+
+
+def _write_adapter(run: Run, model: models.Model) -> None:
+    """The adapters alone, which must come back from the folder as they were."""
+    path = run.folder.path / "adapter"
+    weights.save_adapter(model, path, base_name=run.config.model.path)
+    reloaded = weights.load_adapter(models.without_lora(model), path)
+    pairs = (models.split_lora(m.params)[0] for m in (model, reloaded))
+    if not all(jax.tree.leaves(jax.tree.map(jnp.array_equal, *pairs))):
+        raise weights.WeightsError(f"{path} does not reload as it was saved.")
 
 
 def _write(run: Run, model: models.Model, method: str) -> None:

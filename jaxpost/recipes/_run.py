@@ -33,7 +33,8 @@ class Run:
         folder: where everything is written.
         tokenizer, examples: of the data section.
         layout: the devices and what each holds.
-        model: its functions; `train` donates its first parameters.
+        model: its functions; `train` donates its first parameters, but with adapters
+            only these.
         tx, schedule: the optimizer and its learning rate by steps taken.
         compute_dtype: to cast parameters to in the loss; None leaves them alone.
         batches: the training batches with their cursor.
@@ -104,14 +105,22 @@ class Run:
                 run=self.folder,
                 callbacks=trackers,
                 performance=training.Performance(
-                    flops_per_token=6.0 * self.model.param_count(),
+                    flops_per_token=self._flops_per_token(),
                     devices=self.layout.devices,
                 ),
                 title=self.config.name,
             )
 
+    def _flops_per_token(self) -> float:
+        """Forward 2 per parameter, backward 2 and, where it is trained, 2 more."""
+        trained, total = _counts(self.model)
+        return 4.0 * total + 2.0 * trained
+
     def _first_state(self, method_state: Any) -> tuple[training.TrainState, Any]:
         """The state before the first step and its shardings (None on one device)."""
+        params, frozen = self.model.params, None
+        if self.model.config.lora is not None:
+            params, frozen = models.split_lora(params)
 
         def make(params: Params) -> training.TrainState:
             return training.init_state(
@@ -124,14 +133,12 @@ class Run:
             )
 
         if self.layout.mesh is None:
-            return make(self.model.params), None
-        shapes = jax.eval_shape(make, self.model.params)
+            return make(params)._replace(frozen=frozen), None
+        shapes = jax.eval_shape(make, params)
         placement = self.layout.state_shardings(shapes, self.model.config)
         # Compiled, so that no moment is ever whole on one device.
-        state = jax.jit(make, out_shardings=placement, donate_argnums=0)(
-            self.model.params
-        )
-        return state, placement
+        state = jax.jit(make, out_shardings=placement, donate_argnums=0)(params)
+        return state._replace(frozen=frozen), placement
 
     def _eval_fn(self, loss_fn: LossFn) -> Any:
         if not self.eval_rows:
@@ -191,13 +198,9 @@ def open_run(config: Any, *, resume: bool = False) -> Iterator[Run]:
     parallel.give_virtual_devices_threads()
     _setup.join_processes(config.processes)
     path = pathlib.Path(config.run_root) / config.name
-    if resume and not (path / "config.yaml").is_file():
-        raise ConfigError(f"{path} holds no run to resume; leave out --resume.")
-    if not resume and (path / "config.yaml").is_file():
-        raise ConfigError(
-            f"{path} already holds a run: go on with it (--resume), or choose another "
-            "name (--name NAME)."
-        )
+    parallel.on_first_process(
+        f"looking for {path}", lambda: _check_folder(path, resume)
+    )
     key_model = jax.random.fold_in(jax.random.key(config.seed), 1)
     tokenizer = _setup.open_tokenizer(config.model, config.data)
     layout = _setup.open_layout(
@@ -209,6 +212,14 @@ def open_run(config: Any, *, resume: bool = False) -> Iterator[Run]:
             f"data.max_length is {config.data.max_length}, but the model has "
             f"{model.config.max_positions} positions; lower it."
         )
+    dtype = _setup.compute_dtype(config.model)
+    model = _setup.open_lora(
+        getattr(config, "lora", None),
+        model,
+        jax.random.fold_in(key_model, 1),
+        dtype=dtype,
+        layout=layout,
+    )
     examples = _setup.open_examples(config.data, tokenizer)
     rows = _setup.token_rows(examples.train, config.data, tokenizer)
     batches = _batches(rows, config.train.batch_size, layout, seed=config.seed)
@@ -216,7 +227,6 @@ def open_run(config: Any, *, resume: bool = False) -> Iterator[Run]:
         1, math.floor(config.train.epochs * batches.batches_per_epoch)
     )
     tx, schedule = training.build_optimizer(config.optimizer, total_steps)
-    dtype = _setup.compute_dtype(config.model)
     folder = training.create_run(
         path,
         to_mapping(config),
@@ -246,12 +256,31 @@ def open_run(config: Any, *, resume: bool = False) -> Iterator[Run]:
         )
 
 
+def _check_folder(path: pathlib.Path, resume: bool) -> None:
+    """Before anything is loaded; `create_run` looks again."""
+    if resume and not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path} holds no run to resume; leave out --resume.")
+    if not resume and (path / "config.yaml").is_file():
+        raise ConfigError(
+            f"{path} already holds a run: go on with it (--resume), or choose another "
+            "name (--name NAME)."
+        )
+
+
 def _batches(
     rows: list[data.TokenRow], size: int, layout: _setup.Layout, **options: Any
 ) -> data.Batches:
     """This process's slices of the batches."""
     index, count = layout.batch_share
     return data.Batches(rows, size, process_index=index, process_count=count, **options)
+
+
+def _counts(model: models.Model) -> tuple[int, int]:
+    """How many parameters are trained, of how many."""
+    total = model.param_count()
+    if model.config.lora is None:
+        return total, total
+    return model.replace(params=models.split_lora(model.params)[0]).param_count(), total
 
 
 def _show(
@@ -272,6 +301,14 @@ def _show(
         f"model: {model.config.family}, {model.param_count():,} parameters; "
         f"tokenizer: {tokenizer.vocab_size:,} ids"
     )
+    if (lora := model.config.lora) is not None:
+        trained, total = _counts(model)
+        console.print(
+            f"trained: {trained:,} of {total:,} parameters "
+            f"({100 * trained / total:.2f}%), adapters of rank {lora.rank} on "
+            f"{', '.join(lora.targets)}",
+            highlight=False,
+        )
     console.print(f"data: {examples.bad_rows.summary()}", highlight=False)
     console.print(
         f"train: {len(examples.train):,} examples, {tokens:,} tokens in {len(rows):,} "

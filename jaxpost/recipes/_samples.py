@@ -57,7 +57,7 @@ def with_samples(
         values = eval_fn(state)
         rollout = generation.generate(
             model,
-            state.params if state.ema is None else state.ema,
+            state.joined(use_ema=state.ema is not None),
             jnp.asarray(tokens),
             jnp.asarray(mask),
             config=config,

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from jaxpost import models
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
@@ -40,6 +42,35 @@ class ModelSection:
     head_dim: int | None = None
     max_positions: int = 1024
     tie_embeddings: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSection:
+    """Train low-rank adapters beside a frozen base; see docs/training.md.
+
+    Attributes:
+        rank: Of the adapters; 0 trains the whole model instead.
+        alpha: The adapters' part is multiplied by alpha / rank.
+        targets: Which matrix products have one: q, k, v, o, gate, up, down (or Hugging
+            Face's q_proj, ...), or all-linear.
+        quantize: How the base's kernels are held; int8 and nf4 need the extra `quant`.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("all-linear",)
+    quantize: Literal["none", "int8", "nf4"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank must be at least 0, got {self.rank}.")
+        if self.rank == 0 and self.quantize != "none":
+            raise ValueError(
+                f"quantize is {self.quantize}, but rank is 0: a quantised model cannot "
+                "be trained whole; set rank."
+            )
+        if self.rank:
+            models.LoraConfig(rank=self.rank, alpha=self.alpha, targets=self.targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,12 +213,15 @@ class ExportSection:
 
     Attributes:
         enabled: Write the model in Hugging Face layout to `export/` in the run folder.
+        lora: Of a run with adapters: the base with them merged in, to `export/`; the
+            adapters alone in PEFT's layout, to `adapter/`; or both.
         dtype: Data type of the stored weights.
         max_shard_bytes: Largest size of one safetensors file, bytes.
         license: Of the result, for the model card.
     """
 
     enabled: bool = True
+    lora: Literal["merged", "adapter", "both"] = "merged"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_shard_bytes: int = 5_000_000_000
     license: str | None = None

@@ -16,6 +16,7 @@ from jaxpost import data, models, ops, parallel, weights
 from jaxpost.recipes._config import ConfigError
 from jaxpost.recipes._sections import (
     DataSection,
+    LoraSection,
     MeshSection,
     ModelSection,
     ProcessesSection,
@@ -119,13 +120,18 @@ class Layout:
         )
 
     def state_shardings(self, state: Any, config: models.DecoderConfig) -> Any:
-        """Shardings of a training state, or None on one device."""
+        """Shardings of a training state, or None on one device.
+
+        Leaves are found by their paths, so `state.params` may be any part of the
+        model's parameters.
+        """
         if self.mesh is None:
             return None
+        shapes = models.build(config, abstract=True).params
         placement = parallel.shardings(
-            models.param_axes(config), self.mesh, self.rules, shapes=state.params
+            models.param_axes(config), self.mesh, self.rules, shapes=shapes
         )
-        return parallel.shardings_like(state, state.params, placement)
+        return parallel.shardings_like(state, shapes, placement)
 
 
 def join_processes(section: ProcessesSection) -> None:
@@ -280,6 +286,31 @@ def open_model(
         return dataclasses.replace(model, config=config)
     config = fresh_config(section, tokenizer.vocab_size)
     return models.build(config, key, **placed)
+
+
+def open_lora(
+    section: LoraSection | None,
+    model: models.Model,
+    key: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    layout: Layout | None = None,
+) -> models.Model:
+    """The model with the adapters that the config asks for, or itself.
+
+    The base is cast to `dtype`, the compute dtype: it is never updated, so it needs no
+    wider master weights.
+    """
+    if section is None or section.rank == 0:
+        return model
+    layout = layout or Layout()
+    model = model.replace(params=models.cast_params(model.params, dtype))
+    if section.quantize != "none":
+        model = models.quantize_base(model, section.quantize)
+    lora = models.LoraConfig(
+        rank=section.rank, alpha=section.alpha, targets=section.targets
+    )
+    return models.add_lora(model, lora, key, mesh=layout.mesh, rules=layout.rules)
 
 
 def compute_dtype(section: ModelSection) -> jnp.dtype:

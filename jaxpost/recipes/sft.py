@@ -9,13 +9,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxpost import losses, models, ops, training
 from jaxpost.recipes import _export, _run
 from jaxpost.recipes._sections import (
     DataSection,
     ExportSection,
+    LoraSection,
     MeshSection,
     ModelSection,
     ProcessesSection,
@@ -38,6 +38,7 @@ class SFTConfig:
         processes: On which hosts.
         mesh: On which devices.
         model: Which model.
+        lora: Adapters to train instead of the whole model.
         data: Which rows.
         optimizer: Which update.
         train: How long, and what to do on the way.
@@ -51,6 +52,7 @@ class SFTConfig:
     processes: ProcessesSection = ProcessesSection()
     mesh: MeshSection = MeshSection()
     model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
     data: DataSection = DataSection()
     optimizer: training.OptimizerConfig = training.OptimizerConfig()
     train: TrainSection = TrainSection()
@@ -80,7 +82,7 @@ def sft_loss(
     ) -> LossOutput:
         del key  # nothing is drawn
         if dtype is not None:
-            params = optax.tree.cast(params, dtype)
+            params = models.cast_params(params, dtype)
         output = model.apply(
             params, batch["tokens"], batch["positions"], batch["segment_ids"]
         )

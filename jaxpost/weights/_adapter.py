@@ -177,7 +177,8 @@ def load_adapter(
     else:
         placement = parallel.shardings(axes, mesh, rules, shapes=shapes)
         placed = parallel.place(placed, placement)
-    return models.Model(ops.join_trees(model.params, placed), config)
+    params = ops.join_trees(model.params, placed)
+    return dataclasses.replace(model, params=params, config=config)
 
 
 def _modules(

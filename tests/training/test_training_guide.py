@@ -8,7 +8,7 @@ GUIDE = pathlib.Path(__file__).parents[2] / "docs" / "training.md"
 
 def test_examples_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names = {}
     for block in blocks:
         exec(compile(block, str(GUIDE), "exec"), names)
