@@ -43,10 +43,13 @@ def check_against_formulas(made, name, fsdp, tensor):
 
 def check_traffic(made, name):
     """Of fsdp alone: layers gathered forward and backward, gradients scattered once."""
-    total = SHAPES[name][0]
+    total, looked_up = SHAPES[name][:2]
     whole = 2 * total  # bfloat16
     assert whole < made.forecast.sent["all-gather"] < 2.2 * whole
-    assert made.forecast.sent["reduce-scatter"] == pytest.approx(whole, rel=0.15)
+    # A device adds up its own columns of an embedding's gradient; nothing is sent.
+    ring = (made.forecast.devices - 1) / made.forecast.devices
+    scattered = 2 * (total - looked_up) * ring
+    assert made.forecast.sent["reduce-scatter"] == pytest.approx(scattered, rel=0.01)
     assert made.forecast.sent.get("all-reduce", 0) < 0.01 * whole
 
 
@@ -123,13 +126,12 @@ def test_a_single_change_on_the_same_devices(monkeypatch):
     assert made.fits is False
     assert made.remedies
     allowed = size / (1 + parallel.MARGIN)
-    for remedy in made.remedies:
-        assert remedy.total <= allowed
-        words = remedy.flags.split()
-        again = small("--data.max_length", "512", "--mesh.fsdp", "2", *words)
-        applied = plans.plan(again, vocab_size=1000, chip="tight")
-        assert applied.fits
-        assert applied.forecast.memory.total == remedy.total
+    assert all(remedy.total <= allowed for remedy in made.remedies)
+    words = made.remedies[0].flags.split()
+    again = small("--data.max_length", "512", "--mesh.fsdp", "2", *words)
+    applied = plans.plan(again, vocab_size=1000, chip="tight")
+    assert applied.fits
+    assert applied.forecast.memory.total == made.remedies[0].total
 
 
 def test_programs_to_compile_and_rows_that_are_padded():
