@@ -15,7 +15,11 @@ from jaxpost.recipes._config import (
     with_flags,
 )
 
-RECIPES = {"sft": ("jaxpost.recipes.sft", "SFTConfig")}
+RECIPES = {
+    "control": ("jaxpost.recipes.control", "ControlConfig"),
+    "dpo": ("jaxpost.recipes.dpo", "DPOConfig"),
+    "sft": ("jaxpost.recipes.sft", "SFTConfig"),
+}
 
 __all__ = [
     "RECIPES",

@@ -18,8 +18,7 @@ def export(run: Run, state: training.TrainState, *, method: str) -> None:
         state: its last state; the moving average is exported if there is one.
         method: for the model card, a sentence.
     """
-    params = state.joined(use_ema=state.ema is not None)
-    params = parallel.gather_to_hosts(params)
+    params = parallel.gather_to_hosts(run.model_params(state))
 
     def write() -> None:
         model = run.model.replace(params=jax.tree.map(jnp.asarray, params))

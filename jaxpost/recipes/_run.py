@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,8 @@ class Run:
             only these.
         tx, schedule: the optimizer and its learning rate by steps taken.
         compute_dtype: to cast parameters to in the loss; None leaves them alone.
-        batches: the training batches with their cursor.
+        rows: the training rows.
+        batches: their batches with the cursor.
         eval_rows: held-out token rows; empty if there are none.
         total_steps: optimizer steps of the whole run.
         lengths: how many row lengths there are, each a compiled program.
@@ -53,6 +54,7 @@ class Run:
     tx: optax.GradientTransformation
     schedule: Any
     compute_dtype: jnp.dtype | None
+    rows: list[data.TokenRow]
     batches: data.Batches
     eval_rows: list[data.TokenRow]
     total_steps: int
@@ -60,7 +62,12 @@ class Run:
     resume: bool
 
     def train(
-        self, step: Callable, loss_fn: LossFn, *, method_state: Any = None
+        self,
+        step: Callable,
+        loss_fn: LossFn,
+        *,
+        method_state: Any = None,
+        frozen: Params | None = None,
     ) -> training.TrainState:
         """Runs the loop: evaluation, checkpoints, logs, trackers.
 
@@ -68,12 +75,14 @@ class Run:
             step: from `training.make_train_step`.
             loss_fn: evaluated on the held-out rows.
             method_state: the method's memory before the first step.
+            frozen: what else the loss reads, such as `{"reference": ...}`, beside the
+                model's own parameters; shares no array with those that are trained.
 
         Returns:
             The state after the last step.
         """
         section = self.config.train
-        state, placement = self._first_state(method_state)
+        state, placement = self._first_state(method_state, frozen)
         trackers = [
             training.make_tracker(
                 name, self.folder.path, config=to_mapping(self.config)
@@ -116,11 +125,39 @@ class Run:
         trained, total = _counts(self.model)
         return 4.0 * total + 2.0 * trained
 
-    def _first_state(self, method_state: Any) -> tuple[training.TrainState, Any]:
+    def model_params(self, state: training.TrainState) -> Params:
+        """The model's own parameters in a state, adapters and base, without what else
+        is frozen; the moving average, if there is one."""
+        params = state.joined(use_ema=state.ema is not None)
+        return {name: params[name] for name in self.model.params}
+
+    def with_rows(
+        self, rows: list[data.TokenRow], eval_rows: list[data.TokenRow]
+    ) -> "Run":
+        """The run with other rows of the same shapes, such as with columns added."""
+        return dataclasses.replace(
+            self,
+            rows=rows,
+            eval_rows=eval_rows,
+            batches=self.batches_of(
+                rows, self.config.train.batch_size, seed=self.config.seed
+            ),
+        )
+
+    def batches_of(
+        self, rows: Sequence[data.TokenRow], size: int, **options: Any
+    ) -> data.Batches:
+        """This process's slices of batches of `size` rows; see `data.Batches`."""
+        return _batches(rows, size, self.layout, **options)
+
+    def _first_state(
+        self, method_state: Any, frozen: Params | None
+    ) -> tuple[training.TrainState, Any]:
         """The state before the first step and its shardings (None on one device)."""
-        params, frozen = self.model.params, None
+        params = self.model.params
         if self.model.config.lora is not None:
-            params, frozen = models.split_lora(params)
+            params, base = models.split_lora(params)
+            frozen = base | (frozen or {})
 
         def make(params: Params) -> training.TrainState:
             return training.init_state(
@@ -149,13 +186,8 @@ class Run:
         size = min(self.config.train.batch_size, needed)
 
         def batches() -> data.Batches:
-            return _batches(
-                self.eval_rows,
-                size,
-                self.layout,
-                shuffle=False,
-                drop_remainder=False,
-                epochs=1,
+            return self.batches_of(
+                self.eval_rows, size, shuffle=False, drop_remainder=False, epochs=1
             )
 
         evaluate = training.make_eval_fn(
@@ -164,33 +196,47 @@ class Run:
             use_ema=self.config.train.ema_decay is not None,
             place=self.layout.place_batch,
         )
-        constants = {
-            "eval_unigram_loss": evaluation.unigram_loss(
-                [(e.tokens, e.loss_mask) for e in self.examples.train],
-                [(e.tokens, e.loss_mask) for e in self.examples.eval],
-                vocab_size=self.model.config.vocab_size,
-            ),
-            **self.examples.bad_rows.metrics(),
-        }
+        constants = self._unigram_loss() | self.examples.bad_rows.metrics()
+        texts = [
+            item.chosen if isinstance(item, data.Pair) else item
+            for item in self.examples.eval
+        ]
         return with_samples(
             lambda state: evaluate(state) | constants,
             self.model,
             self.tokenizer,
-            self.examples.eval,
+            texts,
+            params_of=self.model_params,
             write=self.folder.log_sample,
             # Answers would have to be gathered from all hosts; one host's run has them.
             count=self.config.train.sample_prompts if jax.process_count() == 1 else 0,
             max_new_tokens=self.config.train.sample_tokens,
         )
 
+    def _unigram_loss(self) -> dict[str, float]:
+        """What the loss would be without context; pairs have no such baseline."""
+        train, held_out = self.examples.train, self.examples.eval
+        if isinstance(train[0], data.Pair):
+            return {}
+        loss = evaluation.unigram_loss(
+            [(e.tokens, e.loss_mask) for e in train],
+            [(e.tokens, e.loss_mask) for e in held_out],
+            vocab_size=self.model.config.vocab_size,
+        )
+        return {"eval_unigram_loss": loss}
+
 
 @contextlib.contextmanager
-def open_run(config: Any, *, resume: bool = False) -> Iterator[Run]:
+def open_run(
+    config: Any, *, resume: bool = False, pairs: bool = False
+) -> Iterator[Run]:
     """Opens everything a config names, and writes the head of the run folder.
 
     Args:
         config: a recipe's config with the shared sections.
         resume: the run folder may exist and is gone on with.
+        pairs: the rows are preference pairs: `examples` are `data.Pair`s, and rows
+            those of `data.pad_pairs`.
 
     Raises:
         ConfigError: `resume` without a run, or settings that do not fit the data.
@@ -220,7 +266,7 @@ def open_run(config: Any, *, resume: bool = False) -> Iterator[Run]:
         dtype=dtype,
         layout=layout,
     )
-    examples = _setup.open_examples(config.data, tokenizer)
+    examples = _setup.open_examples(config.data, tokenizer, pairs=pairs)
     rows = _setup.token_rows(examples.train, config.data, tokenizer)
     batches = _batches(rows, config.train.batch_size, layout, seed=config.seed)
     total_steps = config.train.steps or max(
@@ -246,6 +292,7 @@ def open_run(config: Any, *, resume: bool = False) -> Iterator[Run]:
             tx=tx,
             schedule=schedule,
             compute_dtype=None if dtype == jnp.float32 else dtype,
+            rows=rows,
             batches=batches,
             eval_rows=_setup.token_rows(examples.eval, config.data, tokenizer)
             if examples.eval
@@ -268,7 +315,7 @@ def _check_folder(path: pathlib.Path, resume: bool) -> None:
 
 
 def _batches(
-    rows: list[data.TokenRow], size: int, layout: _setup.Layout, **options: Any
+    rows: Sequence[data.TokenRow], size: int, layout: _setup.Layout, **options: Any
 ) -> data.Batches:
     """This process's slices of the batches."""
     index, count = layout.batch_share
@@ -296,7 +343,8 @@ def _show(
     if jax.process_index() != 0:
         return
     console = rich.console.Console()
-    tokens = sum(len(example) for example in examples.train)
+    texts = examples.texts(examples.train)
+    tokens = sum(len(text) for text in texts)
     console.print(
         f"model: {model.config.family}, {model.param_count():,} parameters; "
         f"tokenizer: {tokenizer.vocab_size:,} ids"
@@ -310,13 +358,14 @@ def _show(
             highlight=False,
         )
     console.print(f"data: {examples.bad_rows.summary()}", highlight=False)
+    word = "example" if texts is examples.train else "pair"
     console.print(
-        f"train: {len(examples.train):,} examples, {tokens:,} tokens in {len(rows):,} "
+        f"train: {len(examples.train):,} {word}s, {tokens:,} tokens in {len(rows):,} "
         f"rows ({100 * data.packing_efficiency(rows):.0f}% full); "
-        f"held out: {len(examples.eval):,} examples"
+        f"held out: {len(examples.eval):,} {word}s"
     )
-    shown = data.render_text(examples.train[0], tokenizer, limit=SHOWN_TOKENS)
-    console.print("first example (green is trained on):", style="dim")
-    console.print(shown)
-    masked = np.mean([example.loss_mask.mean() for example in examples.train])
-    console.print(f"trained on: {100 * masked:.0f}% of an example's tokens on average")
+    console.print(f"first {word} (green is trained on):", style="dim")
+    for text in texts[: len(texts) // len(examples.train)]:
+        console.print(data.render_text(text, tokenizer, limit=SHOWN_TOKENS))
+    masked = np.mean([text.loss_mask.mean() for text in texts])
+    console.print(f"trained on: {100 * masked:.0f}% of a text's tokens on average")

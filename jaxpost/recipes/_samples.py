@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpost import data, generation, models, training
+from jaxpost.typing import Params
 
 EvalFn = Callable[[training.TrainState], dict[str, float]]
 
@@ -17,6 +18,7 @@ def with_samples(
     tokenizer: data.Tokenizer,
     examples: Sequence[data.Example],
     *,
+    params_of: Callable[[training.TrainState], Params],
     write: Callable[[Mapping[str, object]], None],
     count: int,
     max_new_tokens: int,
@@ -25,10 +27,11 @@ def with_samples(
 
     Args:
         eval_fn: returns the numbers of an evaluation.
-        model: gives the functions; the state gives the parameters.
+        model: gives the functions.
         tokenizer: for the texts.
         examples: held-out examples; the prompt is what stands before the first token
             that is trained on.
+        params_of: the model's parameters in a state.
         write: gets `step`, `prompt`, `completion` and `target` of each answer.
         count: how many prompts; 0 returns `eval_fn` itself.
         max_new_tokens: longest answer, tokens.
@@ -57,7 +60,7 @@ def with_samples(
         values = eval_fn(state)
         rollout = generation.generate(
             model,
-            state.joined(use_ema=state.ema is not None),
+            params_of(state),
             jnp.asarray(tokens),
             jnp.asarray(mask),
             config=config,

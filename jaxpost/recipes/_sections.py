@@ -208,6 +208,28 @@ class ProcessesSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class PairReportSection:
+    """Preference pairs listed one by one at the end, in `pairs/` of the run folder.
+
+    Attributes:
+        pairs: How many training pairs, and how many held-out ones, are scored; 0 lists
+            none.
+        outliers: How many of them are shown with their texts: the largest delta of R3M,
+            else the most negative margins.
+    """
+
+    pairs: int = 2000
+    outliers: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "outliers"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"{name} must be at least 0, got {getattr(self, name)}."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportSection:
     """What is written when training ends.
 

@@ -33,15 +33,22 @@ class Examples:
     """Token examples of a run.
 
     Fields:
-        train, eval: examples, in the order of their sources.
+        train, eval: examples, or pairs, in the order of their sources.
         bad_rows: what was skipped, by reason.
         fingerprints: sha256 by source, for `environment.json`.
     """
 
-    train: list[data.Example]
-    eval: list[data.Example]
+    train: list[Any]
+    eval: list[Any]
     bad_rows: data.BadRows
     fingerprints: dict[str, str]
+
+    @staticmethod
+    def texts(items: list[Any]) -> list[data.Example]:
+        """Single texts: the examples, or both answers of each pair, chosen first."""
+        if items and isinstance(items[0], data.Pair):
+            return [text for pair in items for text in (pair.chosen, pair.rejected)]
+        return items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,28 +328,40 @@ def compute_dtype(section: ModelSection) -> jnp.dtype:
     return jnp.dtype(section.compute_dtype)
 
 
-def open_examples(section: DataSection, tokenizer: data.Tokenizer) -> Examples:
+def open_examples(
+    section: DataSection, tokenizer: data.Tokenizer, *, pairs: bool = False
+) -> Examples:
     """Reads and tokenises the rows of the config; held-out rows are the last ones.
 
     Raises:
         BadRow: a row cannot be used and `on_bad_row` is `stop`.
-        ConfigError: so many rows are held out that none is left.
+        ConfigError: so many rows are held out that none is left; or `loss_on` is set
+            for pairs, of which the answers are scored.
     """
     report = data.BadRows(emit=log.warning)
+    load_rows: Callable[..., list[Any]] = data.load_examples
+    options = encoding(section)
+    if pairs:
+        load_rows, loss_on = data.load_pairs, options.pop("loss_on")
+        if loss_on != "auto":
+            raise ConfigError(
+                f"data.loss_on is {loss_on!r}, but of a pair the two answers are "
+                "scored; leave it out."
+            )
 
-    def load(of_eval: bool) -> list[data.Example]:
-        return data.load_examples(
+    def load(of_eval: bool) -> list[Any]:
+        return load_rows(
             tokenizer=tokenizer,
             report=report,
             **reading(section, of_eval=of_eval),
-            **encoding(section),
+            **options,
         )
 
     train = load(of_eval=False)
     fingerprints = {
         section.train: data.fingerprint(section.train, split=section.train_split)
     }
-    held_out: list[data.Example] = []
+    held_out: list[Any] = []
     if section.eval is not None:
         held_out = load(of_eval=True)
         fingerprints[f"{section.eval} (eval)"] = data.fingerprint(
@@ -359,12 +378,19 @@ def open_examples(section: DataSection, tokenizer: data.Tokenizer) -> Examples:
 
 
 def token_rows(
-    examples: list[data.Example], section: DataSection, tokenizer: data.Tokenizer
+    examples: list[Any], section: DataSection, tokenizer: data.Tokenizer
 ) -> list[data.TokenRow]:
-    """Packed rows, or padded ones in a few lengths (each is one compiled program)."""
+    """Packed rows, or padded ones in a few lengths (each is one compiled program).
+
+    Pairs are padded: both answers in one row, `[2, T]`.
+    """
+    lengths = {section.max_length, section.max_length // 2, section.max_length // 4}
+    if examples and isinstance(examples[0], data.Pair):
+        return data.pad_pairs(
+            examples, sorted(lengths - {0, 1}), pad_id=tokenizer.pad_id
+        )
     if section.packing:
         return data.pack(examples, section.max_length, pad_id=tokenizer.pad_id)
-    lengths = {section.max_length, section.max_length // 2, section.max_length // 4}
     return data.pad(examples, sorted(lengths - {0}), pad_id=tokenizer.pad_id)
 
 
@@ -391,8 +417,10 @@ def encoding(section: DataSection) -> dict[str, Any]:
 
 
 def _texts(row: data.Row) -> Iterator[str]:
-    for name in ("text", "prompt", "completion"):
-        if isinstance(value := row.columns.get(name), str):
+    names = ("text", "messages", "prompt", "completion", "chosen", "rejected")
+    for value in map(row.columns.get, names):
+        if isinstance(value, str):
             yield value
-    for message in row.columns.get("messages") or ():
-        yield str(message.get("content") or "")
+        else:
+            for message in value or ():
+                yield str(message.get("content") or "")

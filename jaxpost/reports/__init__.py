@@ -1,6 +1,7 @@
 """Run folders into one page: curves, samples, settings, comparison of runs."""
 
 from jaxpost.reports._page import write_report
+from jaxpost.reports._pairs import write_pairs
 from jaxpost.reports._run import ReportError, Run, read_run, read_runs
 from jaxpost.reports._tables import summary_table
 
@@ -10,5 +11,6 @@ __all__ = [
     "read_run",
     "read_runs",
     "summary_table",
+    "write_pairs",
     "write_report",
 ]

@@ -14,6 +14,7 @@ from jaxpost.training._compile import (
     enable_compilation_cache,
 )
 from jaxpost.training._evaluate import make_eval_fn
+from jaxpost.training._fingerprint import fingerprint_params
 from jaxpost.training._loop import NonFiniteError, count_tokens, train
 from jaxpost.training._optimizer import (
     OptimizerConfig,
@@ -54,6 +55,7 @@ __all__ = [
     "device_peak_flops",
     "enable_compilation_cache",
     "environment",
+    "fingerprint_params",
     "init_state",
     "make_eval_fn",
     "make_progress",

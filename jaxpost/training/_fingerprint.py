@@ -3,6 +3,8 @@
 Computed where the arrays lie, in integers: the same on any number of devices.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +35,15 @@ class FrozenFingerprint:
         if not same:
             self._leaves, self._found = leaves, _fingerprint(frozen)
         return self._found
+
+
+def fingerprint_params(params: Any) -> str:
+    """A digest of a tree's names, shapes, dtypes and values, hexadecimal.
+
+    The same on any number of devices. With several processes, each must call this.
+    """
+    found = json.dumps(_fingerprint(params), sort_keys=True)
+    return hashlib.sha256(found.encode()).hexdigest()
 
 
 def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:

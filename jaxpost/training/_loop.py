@@ -29,15 +29,24 @@ class NonFiniteError(FloatingPointError):
     Attributes:
         step: the optimizer step that failed, counted from 1.
         tensor: what was not finite.
+        state: the state when this was noticed: that before the step, or, as steps are
+            dispatched ahead, one good step later; None if raised elsewhere.
     """
 
-    def __init__(self, step: int, tensor: str, advice: str) -> None:
+    def __init__(
+        self, step: int, tensor: str, advice: str, state: TrainState | None = None
+    ) -> None:
         super().__init__(
             f"Step {step}: {tensor} is not finite, so training stopped before this "
             f"update. {advice}"
         )
         self.step = step
         self.tensor = tensor
+        self.state = state
+
+    def add_detail(self, words: str) -> None:
+        """Puts a sentence behind the message."""
+        self.args = (f"{self.args[0]} {words}",)
 
 
 def count_tokens(batch: Batch) -> int:
@@ -396,7 +405,7 @@ class _Loop:
             if latest is not None:
                 place = self.checkpoints.path(latest)
                 advice += f" The last good checkpoint is step {latest}: {place}"
-        raise NonFiniteError(number, tensor or "the loss", advice)
+        raise NonFiniteError(number, tensor or "the loss", advice, state)
 
 
 def _rates(schedule, start: int, total_steps: int) -> np.ndarray | None:
