@@ -15,6 +15,9 @@ from ._model import Model as Model
 from ._model import build as build
 from ._model import param_axes as param_axes
 from ._quantize import cast_params as cast_params
+from ._score import add_score_head as add_score_head
+from ._score import scores as scores
+from ._score import split_trained as split_trained
 
 __all__ = [
     "LORA_TARGETS",
@@ -25,11 +28,14 @@ __all__ = [
     "Model",
     "RopeScaling",
     "add_lora",
+    "add_score_head",
     "build",
     "cast_params",
     "merge_lora",
     "param_axes",
     "quantize_base",
+    "scores",
     "split_lora",
+    "split_trained",
     "without_lora",
 ]

@@ -209,6 +209,8 @@ class DecoderConfig:
         post_norms: norms after attention and feed-forward too (Gemma 2).
         tie_embeddings: the head is the transposed embedding.
         head_bias: the head has a bias (untied heads only).
+        head: what the last states become: "vocabulary", logits over it; "score", one
+            number at every token (reward and value models), without an output head.
         remat: what the backward pass recomputes: "none", only what is elementwise
             (which is faster than storing it); "dots", attention too; "full", each layer
             from its input.
@@ -248,6 +250,7 @@ class DecoderConfig:
     post_norms: bool = False
     tie_embeddings: bool = False
     head_bias: bool = False
+    head: Literal["vocabulary", "score"] = "vocabulary"
     remat: Literal["none", "full", "dots"] = "none"
     attention_implementation: str | None = None
     experts: MoEConfig | None = None
@@ -265,16 +268,17 @@ class DecoderConfig:
             ("norm_kind", ("rms", "layer")),
             ("activation", ("silu", "gelu_tanh")),
             ("remat", REMAT_POLICIES),
+            ("head", ("vocabulary", "score")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"DecoderConfig.{name} must be one of {', '.join(choices)}, "
                     f"got {getattr(self, name)!r}."
                 )
-        if self.head_bias and self.tie_embeddings:
+        if self.head_bias and (self.tie_embeddings or self.head == "score"):
             raise ValueError(
-                "DecoderConfig.head_bias needs an untied head; set "
-                "tie_embeddings=False or head_bias=False."
+                "DecoderConfig.head_bias needs an untied head over the vocabulary; set "
+                "tie_embeddings=False and head='vocabulary', or head_bias=False."
             )
 
     def _check_sizes(self):

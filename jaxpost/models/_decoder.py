@@ -10,7 +10,7 @@ from jaxpost.typing import ModelOutput
 
 from ._cache import KVCache
 from ._config import DecoderConfig
-from ._layers import Context, DecoderLayer, Embedding, Norm, Projection
+from ._layers import Context, DecoderLayer, Embedding, Norm, Projection, ScoreHead
 from ._rope import rope_tables
 
 
@@ -24,7 +24,9 @@ class Decoder(nnx.Module):
         stack = {"layers": config.num_layers}
         self.layers = DecoderLayer(config, key_layers, stack)
         self.final_norm = Norm(config, {"embed": config.hidden_size}, {})
-        if not config.tie_embeddings:
+        if config.head == "score":
+            self.score = ScoreHead(config, key_head)
+        elif not config.tie_embeddings:
             self.head = Projection(
                 key_head,
                 {"embed": config.hidden_size},

@@ -256,3 +256,13 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: jax.Array, lookup: Lookup | None = None) -> jax.Array:
         table = self.embedding[...]
         return table[tokens] if lookup is None else lookup(table, tokens)
+
+
+class ScoreHead(nnx.Module):
+    """The kernel of a scalar at every token, `[D, 1]`; `models.scores` applies it."""
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        shape = (config.hidden_size, 1)
+        self.kernel = nnx.Param(
+            0.02 * jax.random.normal(key, shape), axes=("embed", None)
+        )

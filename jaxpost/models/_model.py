@@ -42,8 +42,18 @@ class Model:
         return _apply_of(self.config, self.lookup)
 
     def unembed(self, params: Params) -> Head:
-        """The output head of `params`, `[D, V]`."""
+        """The output head of `params`, `[D, V]`.
+
+        Raises:
+            ValueError: the model has a score head.
+        """
         config = self.config
+        if config.head == "score":
+            raise ValueError(
+                "the model has a score head and no output over the vocabulary: it "
+                "scores texts (models.scores) and cannot generate or give "
+                "log-probabilities."
+            )
         if config.tie_embeddings:
             weight, bias = params["embed"]["embedding"].T, None
         else:

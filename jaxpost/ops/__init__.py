@@ -6,7 +6,13 @@ from jaxpost.ops._dtypes import at_least_float32, compute_dtype
 from jaxpost.ops._kl import kl_estimate
 from jaxpost.ops._linear_logps import linear_token_logps
 from jaxpost.ops._logits import entropy, logits, token_logps
-from jaxpost.ops._masked import masked_mean, masked_sum, masked_variance, ratio
+from jaxpost.ops._masked import (
+    last_token,
+    masked_mean,
+    masked_sum,
+    masked_variance,
+    ratio,
+)
 from jaxpost.ops._shift import shift_targets
 from jaxpost.ops._trees import join_trees
 
@@ -18,6 +24,7 @@ __all__ = [
     "entropy",
     "join_trees",
     "kl_estimate",
+    "last_token",
     "linear_token_logps",
     "logits",
     "masked_mean",

@@ -108,3 +108,31 @@ def masked_variance(
     squares = jnp.sum(jnp.square(centred), axis=axis)
     freedom = jnp.sum(mask, axis=axis, dtype=dtype) - ddof
     return ratio(squares, jnp.maximum(freedom, 0))
+
+
+def last_token(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """What stands at the last place of each row where `mask` is True.
+
+    The rightmost such place, so rows may be padded at either side.
+
+    Args:
+        values: `[B, T, ...]`, such as hidden states or token scores; anything, even
+            NaN, elsewhere.
+        mask: bool `[B, T]`.
+
+    Returns:
+        `[B, ...]` in the dtype of `values`; zeros, with zero gradients, for rows
+        without a place.
+
+    Raises:
+        AssertionError: shapes differ, or `mask` is not boolean.
+    """
+    chex.assert_rank(mask, 2)
+    chex.assert_equal_shape_prefix([values, mask], 2)
+    chex.assert_type(mask, bool)
+    length = mask.shape[1]
+    last = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    index = last.reshape(-1, *(1,) * (values.ndim - 1))
+    kept = jnp.take_along_axis(values, index, axis=1)[:, 0]
+    some = jnp.any(mask, axis=1).reshape(-1, *(1,) * (kept.ndim - 1))
+    return jnp.where(some, kept, jnp.zeros((), kept.dtype))

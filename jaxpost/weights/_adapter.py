@@ -4,7 +4,8 @@ PEFT has one pair of matrices per module of the published architecture. Where th
 several of our products into one module (Phi-3's query, key and value; gate and up),
 their adapters become one of a larger rank: inputs stacked, outputs block by block, the
 rest zero. That is exact; what the blocks were is kept in `jaxpost_lora.json`, which
-PEFT does not look at.
+PEFT does not look at. A score head, which is trained whole, is stored beside them as
+one of PEFT's `modules_to_save`.
 """
 
 import dataclasses
@@ -25,7 +26,13 @@ from jaxpost import models, ops, parallel
 from jaxpost.typing import Params
 from jaxpost.weights._atomic import atomic_folder
 from jaxpost.weights._errors import WeightsError, listed
-from jaxpost.weights._names import Piece, leaf_at, parameter_pieces, set_leaf
+from jaxpost.weights._names import (
+    SCORE_NAME,
+    Piece,
+    leaf_at,
+    parameter_pieces,
+    set_leaf,
+)
 from jaxpost.weights._safetensors import (
     PlannedTensor,
     SafetensorsFile,
@@ -38,6 +45,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 BLOCKS_NAME = "jaxpost_lora.json"
 _PREFIX = "base_model.model."
+_SCORE = _PREFIX + SCORE_NAME
 # Fields of PEFT's configuration that change the function in ways we do not compute, and
 # the values under which they do not.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -48,7 +56,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "use_qalora": (None, False),
     "use_bdlora": (None, False),
     "lora_bias": (None, False),
-    "modules_to_save": (None, []),
+    "modules_to_save": (None, [], ["score"], ["classifier", "score"]),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
@@ -82,7 +90,7 @@ def save_adapter(
     base_name: str | None = None,
     dtype: Any = jnp.float32,
 ) -> pathlib.Path:
-    """Write a model's adapters for PEFT to read.
+    """Write a model's adapters, and its score head if it has one, for PEFT to read.
 
     Args:
         model: with adapters; the base is not written.
@@ -107,17 +115,23 @@ def save_adapter(
     adapters, _ = models.split_lora(model.params)
     stored = np.dtype(dtype)
     plan, blocks = [], []
-    for layer, module in itertools.product(range(model.config.num_layers), modules):
-        for name, matrix in _matrices(module, layer, adapters, lora):
-            with np.errstate(over="ignore"):  # checked just below
-                matrix = np.ascontiguousarray(matrix.astype(stored))
-            if not is_finite(matrix):
-                raise WeightsError(f"the adapter {name} is not finite as {stored}.")
-            plan.append(PlannedTensor(name, stored, matrix.shape))
-            blocks.append(matrix)
+    layers = itertools.product(range(model.config.num_layers), modules)
+    named = itertools.chain.from_iterable(
+        _matrices(module, layer, adapters, lora) for layer, module in layers
+    )
+    for name, matrix in itertools.chain(named, _score_matrix(model)):
+        with np.errstate(over="ignore"):  # checked just below
+            matrix = np.ascontiguousarray(matrix.astype(stored))
+        if not is_finite(matrix):
+            raise WeightsError(f"the adapter {name} is not finite as {stored}.")
+        plan.append(PlannedTensor(name, stored, matrix.shape))
+        blocks.append(matrix)
+    fields = _peft_fields(modules, lora, base_name)
+    if model.config.head == "score":
+        fields |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     with atomic_folder(target) as folder:
         write_safetensors(folder / WEIGHTS_NAME, plan, blocks)
-        _write_json(folder / CONFIG_NAME, _peft_fields(modules, lora, base_name))
+        _write_json(folder / CONFIG_NAME, fields)
         _write_json(folder / BLOCKS_NAME, dataclasses.asdict(lora))
     return target
 
@@ -136,7 +150,8 @@ def load_adapter(
     rank are filled up with zeros, of unlike scale are multiplied by the ratio.
 
     Args:
-        model: the base, without adapters; its arrays are shared.
+        model: the base, without adapters; its arrays are shared. A score head in the
+            folder takes the place of its own head.
         path_or_hub_name: a folder or hub name with `adapter_config.json` and
             `adapter_model.safetensors`.
         mesh: where the model lies, if on several devices.
@@ -161,8 +176,10 @@ def load_adapter(
             f"{folder} has no {WEIGHTS_NAME}; pickled adapters are not opened."
         )
     with SafetensorsFile(folder / WEIGHTS_NAME) as file:
-        modules = _modules_in(file, model.config, folder)
+        modules = _modules_in(file, fields, model.config, folder)
         found = {module: _read(file, module, model.config) for module in modules}
+        if _SCORE in file.tensors:
+            model = _with_score(model, file, mesh, rules)
     lora, adapters = _as_ours(folder, fields, found, model.config)
     config = model.config.replace(lora=lora)
     axes, _ = models.split_lora(models.param_axes(config))
@@ -261,7 +278,10 @@ def _check_plain(folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
 
 
 def _modules_in(
-    file: SafetensorsFile, config: models.DecoderConfig, folder: pathlib.Path
+    file: SafetensorsFile,
+    fields: Mapping[str, Any],
+    config: models.DecoderConfig,
+    folder: pathlib.Path,
 ) -> tuple[_Module, ...]:
     """The modules that the file has tensors of, complete and of the right shapes."""
     present, missing, misshaped, known = [], [], [], set()
@@ -283,6 +303,14 @@ def _modules_in(
             for name, shape in zip(pair, wanted, strict=True)
             if file.tensors[name].shape != shape
         ]
+    if _SCORE in file.tensors:
+        known.add(_SCORE)
+        shape = (1, config.hidden_size)
+        if file.tensors[_SCORE].shape != shape:
+            found = list(file.tensors[_SCORE].shape)
+            misshaped.append(f"{_SCORE} is {found}, expected {list(shape)}")
+    elif fields.get("modules_to_save"):
+        missing.append(_SCORE)
     surplus = [name for name in file.tensors if name not in known]
     problems = {
         "missing": missing,
@@ -315,6 +343,36 @@ def _read(
                 raise WeightsError(f"{file.path}: tensor {name} is not finite.")
             side.append(values.astype(np.float32))
     return np.stack(sides[0]), np.stack(sides[1])
+
+
+def _score_matrix(model: models.Model) -> Iterator[tuple[str, np.ndarray]]:
+    """The score head, `[1, D]`, if the model has one."""
+    if model.config.head == "score":
+        yield _SCORE, np.asarray(model.params["score"]["kernel"]).T
+
+
+def _with_score(
+    model: models.Model,
+    file: SafetensorsFile,
+    mesh: jax.sharding.Mesh | None,
+    rules: parallel.Rules | None,
+) -> models.Model:
+    """The model with the file's score head, in float32."""
+    values = file.read_rows(_SCORE, 0, 1)
+    if not is_finite(values):
+        raise WeightsError(f"{file.path}: tensor {_SCORE} is not finite.")
+    config = model.config.replace(head="score", head_bias=False)
+    kernel: Any = values.astype(np.float32).T
+    if mesh is None:
+        kernel = jnp.asarray(kernel)
+    else:
+        axes = models.param_axes(config)["score"]["kernel"]
+        placement = parallel.shardings(axes, mesh, rules, shapes=kernel)
+        kernel = parallel.place(kernel, placement)
+    params = {name: part for name, part in model.params.items() if name != "head"}
+    return dataclasses.replace(
+        model, params=params | {"score": {"kernel": kernel}}, config=config
+    )
 
 
 def _as_ours(

@@ -7,7 +7,7 @@ is one that nobody here knows. Rotary settings are in `_config_rope`.
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from jaxpost import models
 from jaxpost.weights._config_rope import read_rope, write_rope
@@ -62,6 +62,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+_CLASSIFIER = "SequenceClassification"
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -71,6 +72,10 @@ _ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM",
 }
 FAMILIES = tuple(_ARCHITECTURES)
+# transformers has this class of every family above; its head is one `score.weight`.
+_SCORED = {
+    name: name.replace("CausalLM", _CLASSIFIER) for name in _ARCHITECTURES.values()
+}
 
 _SIZES = (
     "vocab_size",
@@ -133,11 +138,13 @@ def from_hf_config(
         ignore_fields: unknown fields that the caller knows not to matter.
 
     Returns:
-        The configuration, `remat` at its default.
+        The configuration, `remat` at its default; `head="score"` of a sequence
+        classifier with one label.
 
     Raises:
-        WeightsError: the model type is not supported, a size is missing, or a field is
-            not implemented or not known; the message names it.
+        WeightsError: the model type is not supported, a size is missing, a field is
+            not implemented or not known, or a classifier has several labels; the
+            message names it.
     """
     family = hf.get("model_type")
     if family not in FAMILIES:
@@ -172,6 +179,7 @@ def from_hf_config(
             sliding_window=window,
             layer_windows=layer_windows,
             tie_embeddings=bool(full["tie_word_embeddings"]),
+            head=_read_head(hf),
             **_family_fields(full, family),
         )
     except ValueError as error:  # sizes that contradict each other
@@ -197,7 +205,7 @@ def to_hf_config(config: models.DecoderConfig) -> dict[str, Any]:
             f"{', '.join(FAMILIES)}."
         )
     hf: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[config.family]],
+        **_write_head(config),
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -321,6 +329,35 @@ def _write_family(config: models.DecoderConfig) -> dict[str, Any]:
             "final_logit_softcapping": config.final_softcap,
         }
     return fields
+
+
+def _read_head(hf: Mapping[str, Any]) -> Literal["vocabulary", "score"]:
+    """What the architecture puts on the last states."""
+    names: list[str] = hf.get("architectures") or []
+    if not any(name.endswith(f"For{_CLASSIFIER}") for name in names):
+        return "vocabulary"
+    # As transformers counts: it takes two where neither is given.
+    labels = len(hf.get("id2label") or ()) or hf.get("num_labels") or 2
+    if labels != 1:
+        raise WeightsError(
+            f"config.json: {names[0]} with {labels} labels (num_labels, id2label) is "
+            "no reward model; only one label, a score, is supported."
+        )
+    return "score"
+
+
+def _write_head(config: models.DecoderConfig) -> dict[str, Any]:
+    name = _ARCHITECTURES[config.family]
+    if config.head == "vocabulary":
+        return {"architectures": [name]}
+    return {
+        "architectures": [_SCORED[name]],
+        "num_labels": 1,
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        # Labels, if transformers is given any, are ratings.
+        "problem_type": "regression",
+    }
 
 
 def _read_windows(

@@ -16,6 +16,7 @@ from jaxpost import models
 from jaxpost.weights._errors import WeightsError
 
 FUSED_FAMILIES = ("phi3",)
+SCORE_NAME = "score.weight"
 
 TOLERATED = (
     (r"rotary_emb\.inv_freq$", "rotary frequencies follow from the configuration"),
@@ -107,7 +108,9 @@ def parameter_pieces(config: models.DecoderConfig) -> list[Piece]:
         *_mlp_pieces(config),
         *_norm_pieces(config),
     ]
-    if not config.tie_embeddings:
+    if config.head == "score":
+        pieces.append(Piece(("score", "kernel"), SCORE_NAME, (width,), (1,)))
+    elif not config.tie_embeddings:
         pieces.append(Piece(("head", "kernel"), "lm_head.weight", (width,), (vocab,)))
         if config.head_bias:
             pieces.append(_vector(("head", "bias"), "lm_head.bias", (vocab,)))

@@ -57,7 +57,8 @@ def save(
     """Write a model for transformers, vLLM and others to read.
 
     Args:
-        model: the decoder; a tied head is not written, an untied one is.
+        model: the decoder; a tied head is not written, an untied one is. With a score
+            head it becomes a sequence classifier of one label.
         path: the folder; an earlier export there is replaced in one step.
         tokenizer: what `data.load_tokenizer` returns (read are `save(folder)`,
             `vocab_size`, `bos_id`, `eos_ids`, `pad_id`); None writes no such files.
@@ -75,7 +76,8 @@ def save(
     Raises:
         WeightsError: the family's layout cannot express the configuration, the
             tokenizer's vocabulary is larger than the embedding, special ids lie
-            outside it, or a parameter is not finite (in the stored dtype).
+            outside it, a model with a score head has no padding id, or a parameter is
+            not finite (in the stored dtype).
         FileExistsError: the folder holds files that no export writes.
         OSError: the disk is full or cannot be written; the old export is intact.
         NotImplementedError: parameters live partly on other processes.
@@ -252,6 +254,11 @@ def _config_fields(
     generation: Mapping[str, Any],
 ) -> dict[str, Any]:
     fields = to_hf_config(config)
+    if config.head == "score" and generation.get("pad_token_id") is None:
+        raise WeightsError(
+            "a score is read at the last token that is not padding, so the export "
+            "needs its id: give a tokenizer, or generation_config with pad_token_id."
+        )
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         # Left out, transformers would take the family's own ids.
         fields[key] = generation.get(key)

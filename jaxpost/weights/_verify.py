@@ -1,4 +1,7 @@
-"""The receipt of an export: reload it, compare logits, write what was found."""
+"""The receipt of an export: reload it, compare logits, write what was found.
+
+A model with a score head has one logit per sequence, its score.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -18,6 +21,7 @@ from jaxpost.weights._errors import WeightsError
 from jaxpost.weights._load import load
 from jaxpost.weights._save import REPORT_NAME
 from jaxpost.weights._source import open_folder
+from jaxpost.weights._special import special_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,8 +86,11 @@ def verify_export(
     folder = pathlib.Path(path)
     if probe_tokens is None:
         probe_tokens = _probe(model.config)
-    reloaded = load(folder)
-    expected, found = _logits(model, probe_tokens), _logits(reloaded, probe_tokens)
+    reloaded, pad_id = load(folder), special_ids(folder).pad
+    if model.config.head == "score":
+        probe_tokens = _padded(probe_tokens, pad_id, model.config.vocab_size)
+    expected = _logits(model, probe_tokens, pad_id)
+    found = _logits(reloaded, probe_tokens, pad_id)
     if with_transformers is None:
         with_transformers = importlib.util.find_spec("torch") is not None
     theirs = None
@@ -91,8 +98,8 @@ def verify_export(
         wide = reloaded.replace(
             params=jax.tree.map(lambda x: x.astype(jnp.float32), reloaded.params)
         )
-        other = _transformers_logits(folder, probe_tokens)
-        theirs = _difference(_logits(wide, probe_tokens), other)
+        other = _transformers_logits(folder, probe_tokens, reloaded.config.head)
+        theirs = _difference(_logits(wide, probe_tokens, pad_id), other)
     with open_folder(folder) as source:
         names = list(source.shapes)
         report = ExportReport(
@@ -138,24 +145,53 @@ def _probe(config: models.DecoderConfig) -> np.ndarray:
     return draw.astype(np.int32)
 
 
-def _logits(model: models.Model, tokens: np.ndarray) -> np.ndarray:
+def _padded(tokens: np.ndarray, pad_id: int | None, vocab_size: int) -> np.ndarray:
+    """The same rows, every second one cut short and filled up at the right."""
+    if pad_id is None:
+        raise WeightsError(
+            "config.json of a sequence classifier needs a pad_token_id: its score is "
+            "read at the last token that is not padding."
+        )
+    tokens = np.where(tokens == pad_id, (pad_id + 1) % vocab_size, tokens)
+    tokens[1::2, tokens.shape[1] // 2 :] = pad_id
+    return tokens.astype(np.int32)
+
+
+def _logits(model: models.Model, tokens: np.ndarray, pad_id: int | None) -> np.ndarray:
+    """`[B, T, V]`, or scores `[B, 1]`."""
     batch = jnp.asarray(tokens, jnp.int32)
     positions = jnp.broadcast_to(
         jnp.arange(batch.shape[1], dtype=jnp.int32)[None, :], batch.shape
     )
-    hidden = model.apply(model.params, batch, positions).hidden
-    return np.asarray(ops.logits(hidden, model.unembed(model.params)))
+    if model.config.head == "vocabulary":
+        hidden = model.apply(model.params, batch, positions).hidden
+        return np.asarray(ops.logits(hidden, model.unembed(model.params)))
+    real = batch != pad_id
+    hidden = model.apply(model.params, batch, positions, real.astype(jnp.int32)).hidden
+    return np.asarray(models.scores(model.params, ops.last_token(hidden, real)))[
+        :, None
+    ]
 
 
-def _transformers_logits(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
+def _transformers_logits(
+    folder: pathlib.Path, tokens: np.ndarray, head: str
+) -> np.ndarray:
     import torch  # pyright: ignore[reportMissingImports] (extra `parity`)
     import transformers
 
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+    kinds: dict[str, Any] = {
+        "vocabulary": transformers.AutoModelForCausalLM,
+        "score": transformers.AutoModelForSequenceClassification,
+    }
+    model: Any = kinds[head].from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
     )
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    options = {}
+    if head == "score":
+        options["attention_mask"] = (ids != model.config.pad_token_id).long()
     with torch.no_grad():
-        return model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+        return model(ids, **options).logits.numpy()
 
 
 def _difference(first: np.ndarray, second: np.ndarray) -> float:
