@@ -65,7 +65,7 @@ def run_score(
         layout: see `_score_layouts.read_items`; so are `split`, `columns`, `format`,
             `chat`, `on_too_long`, `append_eos`, `on_bad_row` and `limit`.
         kind: `"implicit"`: `beta (log p - log p_ref)` of the answer; `"reward"`: the
-            scalar head of a sequence classifier.
+            scalar head of a sequence classifier, at the last token.
         reference: model of the implicit kind's `p_ref`.
         reference_free: take `log p_ref = 0`.
         beta: of the implicit kind.
@@ -81,8 +81,7 @@ def run_score(
 
     Raises:
         ValueError: settings that contradict each other, or `out` holds scores of other
-            models or settings.
-        NotImplementedError: `kind` is `"reward"` and the checkpoint has no such head.
+            models or settings; the model has no head for `kind`.
     """
     _check(kind, reference, reference_free, beta, batch_tokens)
     scorer, facts, limits = _open_scorer(
@@ -166,11 +165,10 @@ def _open_scorer(
 ) -> tuple[Scorer, dict[str, Any], dict[str, int]]:
     """The scorer, what tells its scores from others', and what it can take."""
     policy = weights.load(model, dtype=jnp.dtype(dtype))
-    if kind == "reward":
-        raise NotImplementedError(
-            f"{model}: --kind reward needs a model with a scalar head, which jaxpost "
-            "does not read yet; --kind implicit scores by log-probabilities."
-        )
+    found = "reward" if policy.config.head == "score" else "implicit"
+    if found != kind:
+        what = "a scalar head" if found == "reward" else "no scalar head"
+        raise ValueError(f"{model} has {what}; score it with --kind {found}.")
     opened = [policy]
     if reference is not None:
         opened.append(weights.load(reference, dtype=jnp.dtype(dtype)))
@@ -185,6 +183,9 @@ def _open_scorer(
         "vocab_size": min(m.config.vocab_size for m in opened),
         "positions": min(m.config.max_positions for m in opened),
     }
+    if kind == "reward":
+        del facts["beta"]  # it is not read
+        return reward_scorer(policy), facts, limits
     return implicit_scorer(*opened, beta=beta), facts, limits
 
 
@@ -214,6 +215,27 @@ def implicit_scorer(
     compiled = jax.jit(both)
     params = tuple(m.params for m in (policy, reference) if m is not None)
     return lambda batch: jax.device_get(compiled(params, dict(batch)))
+
+
+def reward_scorer(model: models.Model) -> Scorer:
+    """The score of each text at its last token, float32 or wider `[B]`.
+
+    Args:
+        model: with a score head.
+
+    Returns:
+        A function from a batch `[B, T]` to `scores`.
+    """
+
+    def score(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        hidden = model.apply(
+            params, batch["tokens"], batch["positions"], batch["segment_ids"]
+        ).hidden
+        last = ops.last_token(hidden, batch["segment_ids"] > 0)
+        return {"scores": models.scores(params, last)}
+
+    compiled = jax.jit(score)
+    return lambda batch: jax.device_get(compiled(model.params, dict(batch)))
 
 
 def answer_logps(model: models.Model, params: Params, batch: Batch) -> jax.Array:

@@ -38,6 +38,8 @@ def place(tmp_path_factory):
     for seed, name in enumerate(("policy", "start")):
         model = models.build(config, jax.random.key(seed))
         weights.save(model, folder / name, tokenizer=tokenizer)
+    judge = models.add_score_head(model, jax.random.key(2))
+    weights.save(judge, folder / "judge", tokenizer=tokenizer)
     rng = np.random.default_rng(0)
     pairs = [
         {
@@ -118,6 +120,39 @@ def test_scores_are_log_ratios_of_the_answers(place, finished):
     stored = json.loads((out.parent / "scores.summary.json").read_text())
     assert stored["accuracy"] == summary["accuracy"]
     assert (out.parent / "scores.margins.svg").read_text().startswith("<?xml")
+
+
+def test_rewards_are_read_at_the_last_token(place, tmp_path):
+    out = tmp_path / "rewards.jsonl"
+    run_score(
+        str(place / "judge"),
+        data_source=str(place / "pairs.jsonl"),
+        out=str(out),
+        kind="reward",
+        batch_tokens=512,
+        **QUIET,
+    )
+    judge = weights.load(place / "judge")
+    tokenizer = data.load_tokenizer(str(place / "judge"))
+    lines = {line["id"]: line for line in read(out)}
+    for pair in data.load_pairs(place / "pairs.jsonl", tokenizer):
+        for side, example in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            tokens = jnp.asarray(example.tokens)[None]
+            positions = jnp.arange(tokens.shape[1])[None]
+            hidden = judge.apply(judge.params, tokens, positions).hidden
+            want = np.asarray(hidden[0, -1]) @ np.asarray(
+                judge.params["score"]["kernel"]
+            )
+            got = lines[pair.id][side]
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kind_must_fit_the_head(place, tmp_path):
+    settings = {"data_source": str(place / "pairs.jsonl"), "out": str(tmp_path / "a")}
+    with pytest.raises(ValueError, match="no scalar head; score it with --kind imp"):
+        run_score(str(place / "policy"), kind="reward", **settings)
+    with pytest.raises(ValueError, match="a scalar head; score it with --kind reward"):
+        run_score(str(place / "judge"), reference_free=True, **settings)
 
 
 def test_a_stopped_file_is_continued(place, finished, tmp_path, monkeypatch):
