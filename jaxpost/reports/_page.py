@@ -3,13 +3,14 @@
 Everything read from a run folder passes through `_text` before it becomes HTML.
 """
 
+import base64
 import html
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxpost.reports import _curves, _tables
+from jaxpost.reports import _curves, _pairs, _tables
 from jaxpost.reports._run import ReportError, Run, read_runs
 
 MAX_SAMPLES = 200
@@ -26,6 +27,7 @@ h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
 .notes { background: #fff6dd; border-left: 4px solid #e0a800; padding: .5rem 1rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr));
   gap: 1rem; }
+img { max-width: 100%; }
 figure { margin: 0; } figure svg { width: 100%; height: auto; }
 figcaption { font-weight: 600; font-size: .9rem; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
@@ -85,6 +87,7 @@ def render(runs: Sequence[Run]) -> str:
         _panels(runs),
         _section("Metrics", *_metrics(runs)),
         _section("Samples", *_samples(runs)),
+        *_pair_sections(runs),
         _section("Configuration", *_settings(runs, [run.config for run in runs])),
         _section("Environment", *_settings(runs, [run.environment for run in runs])),
     ]
@@ -169,6 +172,23 @@ def _samples(runs: Sequence[Run]) -> list[str]:
             f"<details{opened}><summary>{_text(run.name)}: {count} samples</summary>"
             f"{_table(keys, rows)}</details>"
         )
+    return parts
+
+
+def _pair_sections(runs: Sequence[Run]) -> list[str]:
+    """What `write_pairs` left in run folders: the plot, and all tables but the full."""
+    parts = []
+    for run in runs:
+        found = _pairs.read_pairs(run.folder)
+        if not found.tables:
+            continue
+        body = []
+        if found.plot is not None:
+            data = base64.b64encode(found.plot).decode("ascii")
+            body.append(f'<img alt="Histograms" src="data:image/png;base64,{data}">')
+        for title, (header, rows) in found.tables.items():
+            body += [f"<h3>{_text(title)}</h3>", _table(header, rows)]
+        parts.append(_section(f"Pairs: {run.name}", *body))
     return parts
 
 

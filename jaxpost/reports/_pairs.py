@@ -3,9 +3,10 @@
 Takes columns and a function that gives texts; knows no model and no loss.
 """
 
+import csv
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,11 @@ FOLDER = "pairs"
 BINS = 20
 SHOWN_CHARS = 300
 
+_TITLES = {
+    "summary": "All of them",
+    "tau_histogram": "How strong preferences are (tau)",
+    "outliers": "Pairs to look at",
+}
 _BAR = 40  # characters of the longest bar of a histogram in the Markdown file
 
 
@@ -72,6 +78,34 @@ def write_pairs(
     if (plot := _plot(place / "plot.png", columns)) is not None:
         files.append(plot)
     return files
+
+
+class Pairs(NamedTuple):
+    """What `write_pairs` wrote, as a page shows it.
+
+    Fields:
+        tables: header and rows by title; empty if there are none.
+        plot: PNG bytes, or None.
+    """
+
+    tables: dict[str, tuple[Row, list[Row]]]
+    plot: bytes | None
+
+
+def read_pairs(folder: pathlib.Path) -> Pairs:
+    """Reads back the shorter tables and the plot of a run folder; what is not there is
+    left out, cells are cut to `SHOWN_CHARS`."""
+    tables = {}
+    for name, title in _TITLES.items():
+        path = folder / FOLDER / f"{name}.csv"
+        if not path.is_file():
+            continue
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            lines = [[_shorten(cell) for cell in line] for line in csv.reader(file)]
+        if len(lines) > 1:
+            tables[title] = (lines[0], lines[1:])
+    plot = folder / FOLDER / "plot.png"
+    return Pairs(tables, plot.read_bytes() if plot.is_file() else None)
 
 
 def _check(columns: Mapping[str, Any]) -> None:
@@ -163,11 +197,6 @@ def _outlier_table(
 
 
 def _markdown(tables: Mapping[str, tuple[Row, list[Row]]]) -> str:
-    titles = {
-        "summary": "Pairs",
-        "tau_histogram": "How strong preferences are (tau)",
-        "outliers": "Pairs to look at",
-    }
     parts = []
     for name, (header, rows) in tables.items():
         if name == "tau_histogram":
@@ -176,7 +205,7 @@ def _markdown(tables: Mapping[str, tuple[Row, list[Row]]]) -> str:
             rows = [[*row, "█" * round(_BAR * float(row[2]) / most)] for row in rows]
         short = [[_shorten(cell) for cell in row] for row in rows]
         body = to_markdown(header, short) if rows else "None.\n"
-        parts.append(f"## {titles[name]}\n\n{body}")
+        parts.append(f"## {_TITLES[name]}\n\n{body}")
     return "\n".join(parts)
 
 
