@@ -18,6 +18,7 @@ from jaxpost.recipes._config import (
 RECIPES = {
     "control": ("jaxpost.recipes.control", "ControlConfig"),
     "dpo": ("jaxpost.recipes.dpo", "DPOConfig"),
+    "reward": ("jaxpost.recipes.reward", "RewardConfig"),
     "sft": ("jaxpost.recipes.sft", "SFTConfig"),
 }
 
