@@ -57,58 +57,6 @@ class GenerateArgs:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoreArgs:
-    """Score preference data by DPO's implicit reward or by a reward model.
-
-    Attributes:
-        model: Folder or hub name of the model.
-        data: File, hub name or built-in of the rows.
-        layout: `pairs`; `rewardbench`: pairs with a `subset`; `rm-bench`: a prompt with
-            three chosen and three rejected texts.
-        kind: `implicit` log-ratio to the reference, or the `reward` of a scalar head.
-        reference: Folder or hub name of the model that training began with.
-        reference_free: Score by the log-probability alone.
-        beta: Factor on the implicit reward.
-        out: JSONL file of the scores; an existing one is continued.
-        tokenizer: Folder or hub name of the tokenizer, if not with the model.
-        split: Split of a hub data set.
-        columns: Names of columns, ours to the data's, such as `prompt question`.
-        format: Layout of the rows: TRL's, Alpaca's or ShareGPT's.
-        chat: Render texts as turns through the chat template.
-        max_length: Most tokens of prompt and answer; the model's if not given.
-        on_too_long: Refuse longer rows, or truncate their end.
-        append_eos: Put an end token behind plain texts.
-        on_bad_row: Stop at a row that cannot be used, or skip and count it.
-        limit: Rows to read at most.
-        batch_tokens: Tokens scored together, padding included.
-        dtype: Data type of the weights.
-        seed: Of the bootstrap intervals.
-    """
-
-    model: Positional[str]
-    data: str
-    layout: Literal["pairs", "rewardbench", "rm-bench"] = "pairs"
-    kind: Literal["implicit", "reward"] = "implicit"
-    reference: str | None = None
-    reference_free: bool = False
-    beta: float = 0.1
-    out: str = "results.jsonl"
-    tokenizer: str | None = None
-    split: str | None = None
-    columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    format: Literal["trl", "alpaca", "sharegpt"] = "trl"
-    chat: bool = False
-    max_length: int | None = None
-    on_too_long: Literal["refuse", "truncate"] = "refuse"
-    append_eos: bool = True
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    limit: int | None = None
-    batch_tokens: int = 8192
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
 class ConvertArgs:
     """Convert weights to sharded safetensors in Hugging Face layout, and verify them.
 
@@ -197,10 +145,9 @@ def generate(arguments: Sequence[str]) -> int:
 
 def score(arguments: Sequence[str]) -> int:
     """Score pairs, RewardBench or RM-Bench rows by log-ratios or a reward model."""
-    from jaxpost.recipes.score import run_score
+    from jaxpost.recipes.score import ScoreConfig, run_score
 
-    args = dataclasses.asdict(_parse(ScoreArgs, arguments, "jaxpost score"))
-    run_score(data_source=args.pop("data"), **args)
+    run_score(_parse(ScoreConfig, arguments, "jaxpost score"))
     return 0
 
 

@@ -4,6 +4,7 @@ By the implicit reward of DPO, or by a reward head; into a JSONL file that can b
 continued, a table, a summary and a figure.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,114 +15,152 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tyro.conf import Positional
 
 from jaxpost import data, models, ops, training, weights
 from jaxpost.recipes import _score_layouts, _score_report
 from jaxpost.recipes._score_layouts import Item, Layout
 from jaxpost.typing import Batch, Params
 
-Kind = Literal["implicit", "reward"]
 SMALLEST_BUCKET = 64
 Scorer = Callable[[Batch], Mapping[str, np.ndarray]]
 
 
-def run_score(
-    model: str,
-    *,
-    data_source: str,
-    out: str,
-    layout: Layout = "pairs",
-    kind: Kind = "implicit",
-    reference: str | None = None,
-    reference_free: bool = False,
-    beta: float = 0.1,
-    tokenizer: str | None = None,
-    split: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    format: data.Format = "trl",
-    chat: bool = False,
-    max_length: int | None = None,
-    on_too_long: data.OnTooLong = "refuse",
-    append_eos: bool = True,
-    on_bad_row: data.OnBadRow = "stop",
-    limit: int | None = None,
-    batch_tokens: int = 8192,
-    dtype: str = "float32",
-    seed: int = 0,
-    progress: Literal["auto", "rich", "plain", "none"] = "auto",
-) -> dict[str, Any]:
-    """Scores every answer of a data set, appends to `out`, and summarises it.
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """Score preference data by DPO's implicit reward or by a reward model.
 
-    Items that `out` already has are not scored again. A line of it holds `id`, `row`,
-    `group`, `chosen` and `rejected` (scores, one or three each), `tokens` (of each
-    answer, chosen first), `scored_by` and, of the implicit kind, `logps` and
+    Attributes:
+        model: Folder or hub name of the model.
+        data: File, hub name or built-in of the rows.
+        layout: `pairs`; `rewardbench`: pairs with a `subset`; `rm-bench`: a prompt with
+            three chosen and three rejected texts.
+        kind: `implicit` log-ratio to the reference, or the `reward` of a scalar head.
+        reference: Folder or hub name of the model that training began with.
+        reference_free: Score by the log-probability alone.
+        beta: Factor on the implicit reward.
+        out: JSONL file of the scores; an existing one is continued.
+        tokenizer: Folder or hub name of the tokenizer, if not with the model.
+        chat_template: Name or file of a template, if not the tokenizer's own.
+        split: Split of a hub data set.
+        columns: Names of columns, ours to the data's, such as `prompt question`.
+        format: Layout of the rows: TRL's, Alpaca's or ShareGPT's.
+        chat: Render texts as turns through the chat template.
+        max_length: Most tokens of prompt and answer; the model's if not given.
+        on_too_long: Refuse longer rows, or truncate their end.
+        append_eos: Put an end token behind plain texts.
+        on_bad_row: Stop at a row that cannot be used, or skip and count it.
+        limit: Rows to read at most.
+        batch_tokens: Tokens scored together, padding included; at least one item's.
+        dtype: Data type of the weights.
+        seed: Of the bootstrap intervals.
+        progress: A bar, plain lines, or nothing.
+
+    Raises:
+        ValueError: settings that contradict each other.
+    """
+
+    model: Positional[str]
+    data: str
+    layout: Layout = "pairs"
+    kind: Literal["implicit", "reward"] = "implicit"
+    reference: str | None = None
+    reference_free: bool = False
+    beta: float = 0.1
+    out: str = "results.jsonl"
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    split: str | None = None
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    format: Literal["trl", "alpaca", "sharegpt"] = "trl"
+    chat: bool = False
+    max_length: int | None = None
+    on_too_long: Literal["refuse", "truncate"] = "refuse"
+    append_eos: bool = True
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    limit: int | None = None
+    batch_tokens: int = 8192
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    progress: Literal["auto", "rich", "plain", "none"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("implicit", "reward"):
+            raise ValueError(f"kind must be implicit or reward, got {self.kind!r}.")
+        if self.kind == "reward" and (self.reference or self.reference_free):
+            raise ValueError("--kind reward has no reference; leave --reference out.")
+        if self.kind == "implicit" and bool(self.reference) == self.reference_free:
+            raise ValueError(
+                "--kind implicit needs either --reference MODEL, the model that "
+                "training began with, or --reference-free."
+            )
+        if not 0.0 < self.beta < float("inf"):
+            raise ValueError(f"beta must be positive and finite, got {self.beta}.")
+        if self.batch_tokens < 1:
+            raise ValueError(
+                f"batch_tokens must be at least 1, got {self.batch_tokens}."
+            )
+
+
+def run_score(config: ScoreConfig) -> dict[str, Any]:
+    """Scores every answer of a data set, appends to a file, and summarises it.
+
+    Items that `config.out` already has are not scored again. A line of it holds `id`,
+    `row`, `group`, `chosen` and `rejected` (scores, one or three each), `tokens` (of
+    each answer, chosen first), `scored_by` and, of the implicit kind, `logps` and
     `ref_logps` of the answers (nats). Beside it come `NAME.summary.json` and, where
     matplotlib is installed, `NAME.margins.svg`.
 
     Args:
-        model: folder or hub name.
-        data_source: as in `data.read_rows`.
-        out: JSONL file.
-        layout: see `_score_layouts.read_items`; so are `split`, `columns`, `format`,
-            `chat`, `on_too_long`, `append_eos`, `on_bad_row` and `limit`.
-        kind: `"implicit"`: `beta (log p - log p_ref)` of the answer; `"reward"`: the
-            scalar head of a sequence classifier, at the last token.
-        reference: model of the implicit kind's `p_ref`.
-        reference_free: take `log p_ref = 0`.
-        beta: of the implicit kind.
-        tokenizer: folder or hub name, if not `model`.
-        max_length: most tokens of prompt and answer; None is what the models take.
-        batch_tokens: tokens of a batch, padding included, at least one item's.
-        dtype: of the weights.
-        seed: of the bootstrap intervals.
-        progress: as in `training.make_progress`.
+        config: the settings.
 
     Returns:
         The summary.
 
     Raises:
-        ValueError: settings that contradict each other, or `out` holds scores of other
-            models or settings; the model has no head for `kind`.
+        ValueError: the file holds scores of other models or settings; the model has no
+            head for `config.kind`; a row does not fit (see `read_items`).
+        FloatingPointError: a score is not finite; the message names the row.
     """
-    _check(kind, reference, reference_free, beta, batch_tokens)
-    scorer, facts, limits = _open_scorer(
-        model, kind, reference, reference_free, beta, dtype
+    scorer, facts, limits = _open_scorer(config)
+    words = data.load_tokenizer(
+        config.tokenizer or config.model,
+        chat_template=config.chat_template,
+        vocab_limit=limits["vocab_size"],
     )
-    words = data.load_tokenizer(tokenizer or model, vocab_limit=limits["vocab_size"])
     report = data.BadRows()
-    max_length = min(max_length or limits["positions"], limits["positions"])
+    max_length = min(config.max_length or limits["positions"], limits["positions"])
     items = _score_layouts.read_items(
-        data_source,
+        config.data,
         words,
-        layout,
-        split=split,
-        columns=columns,
-        format=format,
-        chat=chat,
+        config.layout,
+        split=config.split,
+        columns=config.columns,
+        format=config.format,
+        chat=config.chat,
         max_length=max_length,
-        on_too_long=on_too_long,
-        append_eos=append_eos,
-        on_bad_row=on_bad_row,
+        on_too_long=config.on_too_long,
+        append_eos=config.append_eos,
+        on_bad_row=config.on_bad_row,
         report=report,
-        limit=limit,
+        limit=config.limit,
     )
     facts |= {
-        "layout": layout,
+        "layout": config.layout,
         "tokenizer": words.fingerprint(),
         "max_length": max_length,
-        "on_too_long": on_too_long,
-        "append_eos": append_eos,
+        "on_too_long": config.on_too_long,
+        "append_eos": config.append_eos,
     }
-    path = pathlib.Path(out)
-    scored_by = _digest(facts)
-    lines = _score_missing(
-        path, items, scorer, scored_by, words.pad_id, batch_tokens, progress
-    )
+    scored_by, path = _digest(facts), pathlib.Path(config.out)
+    lines = _score_missing(path, items, scorer, scored_by, words.pad_id, config)
     unique = dict.fromkeys(item.id for item in items)
-    summary = _score_report.summarise([lines[i] for i in unique], layout, seed=seed)
+    summary = _score_report.summarise(
+        [lines[i] for i in unique], config.layout, seed=config.seed
+    )
     summary |= {
-        "model": model,
-        "data": data_source,
+        "model": config.model,
+        "data": config.data,
         "rows": len(items) + report.total,
         "skipped": dict(report.counts),
         "duplicates": len(items) - len(unique),
@@ -133,49 +172,23 @@ def run_score(
     return summary
 
 
-def _check(
-    kind: str,
-    reference: str | None,
-    reference_free: bool,
-    beta: float,
-    batch_tokens: int,
-) -> None:
-    if kind not in ("implicit", "reward"):
-        raise ValueError(f"kind must be 'implicit' or 'reward', got {kind!r}.")
-    if kind == "reward" and (reference is not None or reference_free):
-        raise ValueError("--kind reward has no reference; leave --reference out.")
-    if kind == "implicit" and (reference is None) != reference_free:
-        raise ValueError(
-            "--kind implicit needs either --reference MODEL, the model that training "
-            "began with, or --reference-free."
-        )
-    if not 0.0 < beta < float("inf"):
-        raise ValueError(f"beta must be positive and finite, got {beta}.")
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}.")
-
-
 def _open_scorer(
-    model: str,
-    kind: str,
-    reference: str | None,
-    reference_free: bool,
-    beta: float,
-    dtype: str,
+    config: ScoreConfig,
 ) -> tuple[Scorer, dict[str, Any], dict[str, int]]:
     """The scorer, what tells its scores from others', and what it can take."""
-    policy = weights.load(model, dtype=jnp.dtype(dtype))
+    dtype, kind = jnp.dtype(config.dtype), config.kind
+    policy = weights.load(config.model, dtype=dtype)
     found = "reward" if policy.config.head == "score" else "implicit"
     if found != kind:
         what = "a scalar head" if found == "reward" else "no scalar head"
-        raise ValueError(f"{model} has {what}; score it with --kind {found}.")
+        raise ValueError(f"{config.model} has {what}; score it with --kind {found}.")
     opened = [policy]
-    if reference is not None:
-        opened.append(weights.load(reference, dtype=jnp.dtype(dtype)))
+    if config.reference is not None:
+        opened.append(weights.load(config.reference, dtype=dtype))
     facts = {
         "kind": kind,
-        "beta": beta,
-        "dtype": dtype,
+        "beta": config.beta,
+        "dtype": config.dtype,
         "weights": [training.fingerprint_params(m.params) for m in opened],
         "models": [str(m.config) for m in opened],
     }
@@ -186,7 +199,7 @@ def _open_scorer(
     if kind == "reward":
         del facts["beta"]  # it is not read
         return reward_scorer(policy), facts, limits
-    return implicit_scorer(*opened, beta=beta), facts, limits
+    return implicit_scorer(*opened, beta=config.beta), facts, limits
 
 
 def implicit_scorer(
@@ -254,22 +267,21 @@ def _score_missing(
     scorer: Scorer,
     scored_by: str,
     pad_id: int,
-    batch_tokens: int,
-    progress: Any,
+    config: ScoreConfig,
 ) -> dict[int, dict[str, Any]]:
     """All lines of `path` by id, after scoring and appending those it lacks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = read_scores(path, scored_by)
     todo = list({i.id: i for i in items if i.id not in lines}.values())
     shown = training.make_progress(
-        progress, title="score", start=0, total=len(todo), plain_interval_s=10.0
+        config.progress, title="score", start=0, total=len(todo), plain_interval_s=10.0
     )
     if len(todo) < len(items):
         shown.note(f"{path} already has {len(items) - len(todo)} of {len(items)} items")
     done = 0
     try:
         with path.open("a", encoding="utf-8") as file:
-            for part, length, rows in batches(todo, batch_tokens):
+            for part, length, rows in batches(todo, config.batch_tokens):
                 batch = _padded(
                     [e for i in part for e in i.answers], length, rows, pad_id
                 )

@@ -9,7 +9,7 @@ import pytest
 
 from jaxpost import cli, data, models, weights
 from jaxpost.recipes import score
-from jaxpost.recipes.score import run_score
+from jaxpost.recipes.score import ScoreConfig, run_score
 
 WORDS = ["red", "green", "blue", "cold", "warm", "tall", "small", "old"]
 QUIET = {"progress": "none"}
@@ -71,13 +71,13 @@ def read(path):
 
 def run(place, out, **changes):
     settings = {
-        "data_source": str(place / "pairs.jsonl"),
+        "data": str(place / "pairs.jsonl"),
         "reference": str(place / "start"),
         "out": str(out),
         "batch_tokens": 512,
         **QUIET,
     }
-    return run_score(str(place / "policy"), **{**settings, **changes})
+    return run_score(ScoreConfig(str(place / "policy"), **{**settings, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +124,15 @@ def test_scores_are_log_ratios_of_the_answers(place, finished):
 
 def test_rewards_are_read_at_the_last_token(place, tmp_path):
     out = tmp_path / "rewards.jsonl"
-    run_score(
+    config = ScoreConfig(
         str(place / "judge"),
-        data_source=str(place / "pairs.jsonl"),
+        data=str(place / "pairs.jsonl"),
         out=str(out),
         kind="reward",
         batch_tokens=512,
         **QUIET,
     )
+    run_score(config)
     judge = weights.load(place / "judge")
     tokenizer = data.load_tokenizer(str(place / "judge"))
     lines = {line["id"]: line for line in read(out)}
@@ -148,11 +149,11 @@ def test_rewards_are_read_at_the_last_token(place, tmp_path):
 
 
 def test_the_kind_must_fit_the_head(place, tmp_path):
-    settings = {"data_source": str(place / "pairs.jsonl"), "out": str(tmp_path / "a")}
+    settings = {"data": str(place / "pairs.jsonl"), "out": str(tmp_path / "a")}
     with pytest.raises(ValueError, match="no scalar head; score it with --kind imp"):
-        run_score(str(place / "policy"), kind="reward", **settings)
+        run_score(ScoreConfig(str(place / "policy"), kind="reward", **settings))
     with pytest.raises(ValueError, match="a scalar head; score it with --kind reward"):
-        run_score(str(place / "judge"), reference_free=True, **settings)
+        run_score(ScoreConfig(str(place / "judge"), reference_free=True, **settings))
 
 
 def test_a_stopped_file_is_continued(place, finished, tmp_path, monkeypatch):
@@ -226,12 +227,12 @@ def test_reward_bench_sections(place, tmp_path):
     path = tmp_path / "bare.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(data.BadRow, match="no text in the column 'subset'"):
-        run(place, tmp_path / "b.jsonl", layout="rewardbench", data_source=str(path))
+        run(place, tmp_path / "b.jsonl", layout="rewardbench", data=str(path))
 
 
 def test_rm_bench_styles(place, tmp_path):
     out = tmp_path / "scores.jsonl"
-    settings = {"layout": "rm-bench", "data_source": str(place / "styles.jsonl")}
+    settings = {"layout": "rm-bench", "data": str(place / "styles.jsonl")}
     summary = run(place, out, **settings)
     matrix = np.zeros((3, 3))
     for line in read(out):
@@ -254,28 +255,34 @@ def test_rows_that_do_not_fit_are_counted(place, tmp_path):
     )
     path = tmp_path / "rows.jsonl"
     path.write_text(rows + "\n" + rows.splitlines()[0] + "\n")
-    settings = {"data_source": str(path), "reference": None, "reference_free": True}
+    settings = {"data": str(path), "reference": None, "reference_free": True}
     summary = run(place, tmp_path / "a.jsonl", on_bad_row="skip", **settings)
     assert summary["skipped"] == {"equal_pair": 1}
     assert (summary["items"], summary["duplicates"]) == (9, 1)
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("settings", "words"),
     [
-        ([], "needs either --reference MODEL"),
-        (["--reference", "x", "--reference-free"], "needs either --reference MODEL"),
-        (["--kind", "reward", "--reference", "x"], "reward has no reference"),
-        (["--reference-free", "--beta", "0"], "beta must be positive"),
+        ({}, "needs either --reference MODEL"),
+        ({"reference": "x", "reference_free": True}, "needs either --reference MODEL"),
+        ({"kind": "reward", "reference": "x"}, "reward has no reference"),
+        ({"reference_free": True, "beta": 0.0}, "beta must be positive"),
+        ({"reference_free": True, "batch_tokens": 0}, "batch_tokens must be at least"),
+        ({"kind": "judge"}, "kind must be implicit or reward"),
     ],
 )
-def test_settings_that_contradict_are_refused(place, flags, words, capsys, monkeypatch):
+def test_settings_that_contradict_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        ScoreConfig("model", data="rows.jsonl", **settings)
+
+
+def test_the_command_line_refuses_before_it_loads(place, capsys, monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", cli.HUGE_PAGES)
-    rows = str(place / "pairs.jsonl")
-    command = ["score", str(place / "policy"), "--data", rows, *flags]
-    assert cli.main([*command, "--out", str(place / "no.jsonl")]) == 2
-    assert words in capsys.readouterr().err
-    assert not (place / "no.jsonl").exists()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["score", "nowhere", "--data", str(place / "pairs.jsonl")])
+    assert stop.value.code == 2
+    assert "--kind implicit needs either" in capsys.readouterr().err
 
 
 def test_lengths_come_in_few_buckets():
