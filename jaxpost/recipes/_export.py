@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jaxpost import models, parallel, training, weights
 from jaxpost.recipes._run import Run
 
+SCORING = "text-classification"
+
 
 def export(run: Run, state: training.TrainState, *, method: str) -> None:
     """Saves `run.folder/export`, reloads it, compares logits, writes the receipt.
@@ -41,7 +43,7 @@ def _write_adapter(run: Run, model: models.Model) -> None:
     path = run.folder.path / "adapter"
     weights.save_adapter(model, path, base_name=run.config.model.path)
     reloaded = weights.load_adapter(models.without_lora(model), path)
-    pairs = (models.split_lora(m.params)[0] for m in (model, reloaded))
+    pairs = (models.split_trained(m.params)[0] for m in (model, reloaded))
     if not all(jax.tree.leaves(jax.tree.map(jnp.array_equal, *pairs))):
         raise weights.WeightsError(f"{path} does not reload as it was saved.")
 
@@ -57,6 +59,7 @@ def _write(run: Run, model: models.Model, method: str) -> None:
         data={name: "see its source" for name in sources},
         method=method,
         base_model=run.config.model.path,
+        task="text-generation" if model.config.head == "vocabulary" else SCORING,
     )
     weights.save(
         model,

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +156,7 @@ class Run:
         """The state before the first step and its shardings (None on one device)."""
         params = self.model.params
         if self.model.config.lora is not None:
-            params, base = models.split_lora(params)
+            params, base = models.split_trained(params)
             frozen = base | (frozen or {})
 
         def make(params: Params) -> training.TrainState:
@@ -208,10 +208,13 @@ class Run:
             texts,
             params_of=self.model_params,
             write=self.folder.log_sample,
-            # Answers would have to be gathered from all hosts; one host's run has them.
-            count=self.config.train.sample_prompts if jax.process_count() == 1 else 0,
+            count=self.config.train.sample_prompts if self._can_sample() else 0,
             max_new_tokens=self.config.train.sample_tokens,
         )
+
+    def _can_sample(self) -> bool:
+        # Answers would have to be gathered from all hosts; one host's run has them.
+        return jax.process_count() == 1 and self.model.config.head == "vocabulary"
 
     def _unigram_loss(self) -> dict[str, float]:
         """What the loss would be without context; pairs have no such baseline."""
@@ -228,7 +231,11 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(
-    config: Any, *, resume: bool = False, pairs: bool = False
+    config: Any,
+    *,
+    resume: bool = False,
+    pairs: bool = False,
+    head: Literal["vocabulary", "score"] = "vocabulary",
 ) -> Iterator[Run]:
     """Opens everything a config names, and writes the head of the run folder.
 
@@ -237,6 +244,7 @@ def open_run(
         resume: the run folder may exist and is gone on with.
         pairs: the rows are preference pairs: `examples` are `data.Pair`s, and rows
             those of `data.pad_pairs`.
+        head: what the model ends in; a score head is made if it has none.
 
     Raises:
         ConfigError: `resume` without a run, or settings that do not fit the data.
@@ -265,6 +273,9 @@ def open_run(
         jax.random.fold_in(key_model, 1),
         dtype=dtype,
         layout=layout,
+    )
+    model = _setup.open_head(
+        head, model, jax.random.fold_in(key_model, 2), layout=layout
     )
     examples = _setup.open_examples(config.data, tokenizer, pairs=pairs)
     rows = _setup.token_rows(examples.train, config.data, tokenizer)
@@ -327,7 +338,8 @@ def _counts(model: models.Model) -> tuple[int, int]:
     total = model.param_count()
     if model.config.lora is None:
         return total, total
-    return model.replace(params=models.split_lora(model.params)[0]).param_count(), total
+    trained, _ = models.split_trained(model.params)
+    return model.replace(params=trained).param_count(), total
 
 
 def _show(
@@ -351,10 +363,11 @@ def _show(
     )
     if (lora := model.config.lora) is not None:
         trained, total = _counts(model)
+        scored = ", and the score head" if model.config.head == "score" else ""
         console.print(
             f"trained: {trained:,} of {total:,} parameters "
             f"({100 * trained / total:.2f}%), adapters of rank {lora.rank} on "
-            f"{', '.join(lora.targets)}",
+            f"{', '.join(lora.targets)}{scored}",
             highlight=False,
         )
     console.print(f"data: {examples.bad_rows.summary()}", highlight=False)

@@ -6,7 +6,7 @@ The rooms do the work; what is here only reads the config and says what was open
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -306,18 +306,43 @@ def open_lora(
     """The model with the adapters that the config asks for, or itself.
 
     The base is cast to `dtype`, the compute dtype: it is never updated, so it needs no
-    wider master weights.
+    wider master weights. A score head, which is trained whole, stays wide.
     """
     if section is None or section.rank == 0:
         return model
     layout = layout or Layout()
-    model = model.replace(params=models.cast_params(model.params, dtype))
+    head, base = models.split_trained(model.params)
+    params = ops.join_trees(models.cast_params(base, dtype), head)
+    model = model.replace(params=params)
     if section.quantize != "none":
         model = models.quantize_base(model, section.quantize)
     lora = models.LoraConfig(
         rank=section.rank, alpha=section.alpha, targets=section.targets
     )
     return models.add_lora(model, lora, key, mesh=layout.mesh, rules=layout.rules)
+
+
+def open_head(
+    head: Literal["vocabulary", "score"],
+    model: models.Model,
+    key: jax.Array,
+    *,
+    layout: Layout | None = None,
+) -> models.Model:
+    """The model with the head that a recipe needs: a fresh score head if it has none.
+
+    Raises:
+        ConfigError: a model that scores texts, for a recipe that needs a vocabulary.
+    """
+    if model.config.head == head:
+        return model
+    if head == "vocabulary":
+        raise ConfigError(
+            "model.path holds a reward model, which scores texts and has no output "
+            "over the vocabulary; choose a language model."
+        )
+    layout = layout or Layout()
+    return models.add_score_head(model, key, mesh=layout.mesh, rules=layout.rules)
 
 
 def compute_dtype(section: ModelSection) -> jnp.dtype:

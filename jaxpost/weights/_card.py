@@ -15,6 +15,7 @@ class ModelCard:
         data: data sets it was trained on: name and licence.
         method: how it was trained, a sentence or more.
         base_model: what it was fine-tuned from, if anything.
+        task: what the hub lists it under.
         languages: ISO 639-1 codes.
         metrics: measured results: name and value with unit.
         intended_use, limitations: sentences; left out if empty.
@@ -26,6 +27,7 @@ class ModelCard:
     data: Mapping[str, str]
     method: str
     base_model: str | None = None
+    task: str = "text-generation"
     languages: tuple[str, ...] = ("en",)
     metrics: Mapping[str, str | float] = dataclasses.field(default_factory=dict)
     intended_use: str = ""
@@ -40,7 +42,7 @@ class ModelCard:
         # A JSON string is a YAML string, so quoting needs no YAML library.
         quoted = json.dumps
         lines = ["---", f"license: {quoted(self.licence)}"]
-        lines += ["library_name: transformers", "pipeline_tag: text-generation"]
+        lines += ["library_name: transformers", f"pipeline_tag: {self.task}"]
         lines += [f"language: [{', '.join(map(quoted, self.languages))}]"]
         if self.base_model:
             lines.append(f"base_model: {quoted(self.base_model)}")
