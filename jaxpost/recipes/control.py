@@ -422,6 +422,7 @@ def _write(
     )
     text = f"{head}\n\n{_report.table(cells)}\n" + "\n".join(f"- {x}" for x in said)
     (path / "control.md").write_text(text + "\n", encoding="utf-8")
+    settings = {k: v for k, v in to_mapping(config).items() if k != "run_root"}
     results = {
         "true_reward": {
             "before": source.curve[:, 0].tolist(),
@@ -431,7 +432,7 @@ def _write(
         "cells": _report.as_json(cells),
         "sentences": said,
         "seconds": seconds,
-        "config": to_mapping(config),
+        "config": settings,
     }
     (path / "results.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     _report.draw_figure(cells, source.returns.tolist(), path / "control.svg")
