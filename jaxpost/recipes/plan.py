@@ -99,10 +99,16 @@ def plan(
         tell: called with a line of progress before each compilation.
 
     Raises:
-        ConfigError: the config cannot run on that many devices.
+        ConfigError: the config cannot run on that many devices, or its recipe's step
+            cannot be forecast yet.
         ValueError: an unknown chip.
         PlanError: the compiler died.
     """
+    if config.recipe != "sft":
+        raise ConfigError(
+            f"plan forecasts the step of recipe sft only so far, not of {config.recipe}"
+            ": pairs and a reference would be left out."
+        )
     target = None if chip is None else parallel.find_chip(chip)
     count = _default_devices(config) if devices is None else devices
     if count < 1:

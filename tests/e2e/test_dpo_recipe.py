@@ -308,6 +308,13 @@ def test_loss_on_is_not_read(tmp_path):
         recipes.run(load(tmp_path, "--data.loss-on", "completion"))
 
 
+def test_a_plan_would_be_wrong_and_is_refused(tmp_path):
+    from jaxpost.recipes import plan
+
+    with pytest.raises(recipes.ConfigError, match="recipe sft only so far, not of dpo"):
+        plan.plan(load(tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "options"),
@@ -326,11 +333,11 @@ def test_real_pairs_with_real_weights(shared_data, file, options, tmp_path):
     data = {
         "train": str(path),
         "eval_rows": 8,
-        "max_rows": 60,
-        "max_length": 256,
+        "max_rows": 80,
+        "max_length": 512,  # in pieces of 512: many prompts alone are longer
         "on_too_long": "truncate",
         "on_bad_row": "skip",
-        "chat_template": "chatml",
+        "chat_template": "plain",
     } | options
     changes = {"data": data, "model": {"path": str(stories)}}
     flags = ("--train.sample-prompts", "0", "--optimizer.learning-rate", "1e-3")
