@@ -76,9 +76,10 @@ def leave_one_out(rewards: jax.Array, *, mask: jax.Array | None = None) -> jax.A
     above, mask = _above_least(rewards, mask)
     total = ops.masked_sum(above, mask, axis=1)[:, None]
     others = jnp.sum(mask, axis=1, keepdims=True, dtype=above.dtype) - 1.0
-    kept = mask & (others > 0.0)
-    baseline = ops.ratio(total - above, jnp.where(kept, others, 1.0))
-    return jnp.where(kept, above - baseline, 0.0).astype(above.dtype)
+    # With no other, the baseline is zero, and so is a lone reward from itself on.
+    others = jnp.broadcast_to(jnp.maximum(others, 0.0), above.shape)
+    baseline = ops.ratio(total - above, others)
+    return jnp.where(mask, above - baseline, 0.0).astype(above.dtype)
 
 
 def _above_least(
