@@ -122,7 +122,7 @@ def run_score(config: ScoreConfig) -> dict[str, Any]:
             head for `config.kind`; a row does not fit (see `read_items`).
         FloatingPointError: a score is not finite; the message names the row.
     """
-    scorer, facts, limits = _open_scorer(config)
+    make_scorer, facts, limits = _open_scorer(config)
     words = data.load_tokenizer(
         config.tokenizer or config.model,
         chat_template=config.chat_template,
@@ -153,6 +153,7 @@ def run_score(config: ScoreConfig) -> dict[str, Any]:
         "append_eos": config.append_eos,
     }
     scored_by, path = _digest(facts), pathlib.Path(config.out)
+    scorer = make_scorer(words.pad_id)
     lines = _score_missing(path, items, scorer, scored_by, words.pad_id, config)
     unique = dict.fromkeys(item.id for item in items)
     summary = _score_report.summarise(
@@ -174,8 +175,9 @@ def run_score(config: ScoreConfig) -> dict[str, Any]:
 
 def _open_scorer(
     config: ScoreConfig,
-) -> tuple[Scorer, dict[str, Any], dict[str, int]]:
-    """The scorer, what tells its scores from others', and what it can take."""
+) -> tuple[Callable[[int], Scorer], dict[str, Any], dict[str, int]]:
+    """The scorer of a padding id, what tells its scores from others', and what it can
+    take."""
     dtype, kind = jnp.dtype(config.dtype), config.kind
     policy = weights.load(config.model, dtype=dtype)
     found = "reward" if policy.config.head == "score" else "implicit"
@@ -198,8 +200,9 @@ def _open_scorer(
     }
     if kind == "reward":
         del facts["beta"]  # it is not read
-        return reward_scorer(policy), facts, limits
-    return implicit_scorer(*opened, beta=config.beta), facts, limits
+        return lambda pad_id: reward_scorer(policy, pad_id=pad_id), facts, limits
+    scorer = implicit_scorer(*opened, beta=config.beta)
+    return lambda pad_id: scorer, facts, limits
 
 
 def implicit_scorer(
@@ -230,11 +233,15 @@ def implicit_scorer(
     return lambda batch: jax.device_get(compiled(params, dict(batch)))
 
 
-def reward_scorer(model: models.Model) -> Scorer:
+def reward_scorer(model: models.Model, *, pad_id: int) -> Scorer:
     """The score of each text at its last token, float32 or wider `[B]`.
+
+    Tokens of the padding id do not count, as in transformers and recipe `reward`: a
+    tokenizer may pad with its end token.
 
     Args:
         model: with a score head.
+        pad_id: the tokenizer's.
 
     Returns:
         A function from a batch `[B, T]` to `scores`.
@@ -244,7 +251,8 @@ def reward_scorer(model: models.Model) -> Scorer:
         hidden = model.apply(
             params, batch["tokens"], batch["positions"], batch["segment_ids"]
         ).hidden
-        last = ops.last_token(hidden, batch["segment_ids"] > 0)
+        seen = (batch["segment_ids"] > 0) & (batch["tokens"] != pad_id)
+        last = ops.last_token(hidden, seen)
         return {"scores": models.scores(params, last)}
 
     compiled = jax.jit(score)

@@ -313,3 +313,31 @@ def test_real_dialogues_with_real_weights(shared_data, tmp_path, monkeypatch, ca
     by_length = summary["accuracy_by_length"]
     assert by_length["chosen is shorter"]["accuracy"] > 0.7
     assert by_length["chosen is longer"]["accuracy"] < 0.3
+
+
+def test_a_padding_id_is_never_the_last_token():
+    """As transformers reads an exported reward model, whose padding may be its end."""
+    config = models.DecoderConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        max_positions=8,
+        head="score",
+    )
+    model = models.build(config, jax.random.key(0))
+    tokens = np.array([[5, 6, 7, 2], [5, 6, 2, 2]], np.int32)
+    batch = {
+        "tokens": tokens,
+        "positions": np.broadcast_to(np.arange(4, dtype=np.int32), (2, 4)),
+        "segment_ids": np.array([[1, 1, 1, 1], [1, 1, 1, 0]], np.int32),
+    }
+    found = score.reward_scorer(model, pad_id=2)(batch)["scores"]
+    without = score.reward_scorer(model, pad_id=0)(batch)["scores"]
+    hidden = model.apply(model.params, tokens, batch["positions"]).hidden
+    every = np.asarray(models.scores(model.params, hidden))
+    np.testing.assert_allclose(found, [every[0, 2], every[1, 1]], atol=1e-6)
+    np.testing.assert_allclose(without, [every[0, 3], every[1, 2]], atol=1e-6)
