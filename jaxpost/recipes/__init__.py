@@ -71,7 +71,13 @@ def run(config: Any, *, resume: bool = False) -> Any:
 
 
 def check_data(config: Any) -> int:
-    """Prints tokens and problems of a config's rows; the number of errors."""
+    """Prints tokens and problems of a config's rows; the number of errors.
+
+    Raises:
+        ConfigError: the recipe reads no rows.
+    """
     from jaxpost.recipes._check_data import print_check
 
+    if not hasattr(config, "data"):
+        raise ConfigError(f"recipe {config.recipe} reads no rows: nothing to check.")
     return print_check(config)

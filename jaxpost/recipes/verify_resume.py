@@ -72,6 +72,8 @@ def verify_resume(
     config: Any = load_config(
         config_path, list(flags), prog="jaxpost verify-resume CONFIG"
     )
+    if not hasattr(config, "train"):
+        raise ConfigError(f"recipe {config.recipe} saves no checkpoints to resume.")
     if not config.train.save_every:
         raise ConfigError(
             "train.save_every is 0: without a checkpoint on the way there is nothing "

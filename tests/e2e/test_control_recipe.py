@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import numpy as np
+import pytest
 
 from jaxpost import cli
 from jaxpost.recipes._control_pendulum import pendulum
@@ -64,3 +65,16 @@ def test_ppo_improves_the_true_return():
     before, after = curves[:, :2].mean(axis=1), curves[:, -2:].mean(axis=1)
     assert np.all(before < -900.0)
     assert np.all(after > before + 400.0), (before, after)
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("data check", "recipe control reads no rows"),
+        ("verify-resume", "recipe control saves no checkpoints"),
+        ("plan", "forecasts the step of recipe sft only so far, not of control"),
+    ],
+)
+def test_verbs_that_do_not_apply_say_so(verb, words, capsys):
+    assert cli.main([*verb.split(), str(CONFIG)]) == 2
+    assert words in capsys.readouterr().err
