@@ -56,7 +56,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "use_qalora": (None, False),
     "use_bdlora": (None, False),
     "lora_bias": (None, False),
-    "modules_to_save": (None, [], ["score"], ["classifier", "score"]),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
@@ -268,6 +267,13 @@ def _check_plain(folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
                 f"{folder / CONFIG_NAME}: {name} is {fields[name]!r}, which jaxpost "
                 "does not compute."
             )
+    # PEFT adds the usual names of heads; a tensor of any but ours is refused later.
+    whole = fields.get("modules_to_save") or []
+    if not set(whole) <= {"score", "classifier"}:
+        raise WeightsError(
+            f"{folder / CONFIG_NAME}: modules_to_save is {whole!r}; only a score head "
+            "can be stored whole beside adapters."
+        )
     start = fields.get("init_lora_weights", True)
     if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
         raise WeightsError(
