@@ -6,6 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # Compiled programs are kept between runs; huge pages are worth 9-28% to XLA on CPU.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export PYTHONUNBUFFERED := 1
+# Processes that share the tests, about 4 GiB each; one file's tests stay together.
+TEST_WORKERS ?= 2
 
 .PHONY: help setup demo test test-slow parity lint types format clean
 
@@ -37,7 +39,7 @@ demo: $(VENV)/.base ## train, fine-tune, evaluate and export a small model
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/jaxpost demo
 
 test: $(VENV)/.test ## everything that needs no torch and no accelerator
-	$(BIN)/python -m pytest -m "not slow and not parity" tests
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow and not parity" tests
 
 test-slow: $(VENV)/.test ## what takes too long for `make test`
 	$(BIN)/python -m pytest -m "slow and not parity" tests
