@@ -38,6 +38,7 @@ def check_adaptive_scaling(
     solver: str = "closed_form",
     newton_steps: int = 5,
 ) -> None:
+    """ValueError for settings that `adaptive_scaling` refuses."""
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")
     if newton_steps < 1:

@@ -87,6 +87,7 @@ def _check_one_shape(arrays: dict[str, jax.Array]) -> None:
 
 
 def check_bradley_terry(*, label_smoothing: float = 0.0) -> None:
+    """ValueError for settings that `bradley_terry` refuses."""
     if not 0.0 <= label_smoothing < 0.5:
         raise ValueError(
             f"label_smoothing must lie in [0, 0.5), got {label_smoothing}: at 0.5 the "
@@ -124,6 +125,7 @@ def bradley_terry(margins: jax.Array, *, label_smoothing: float = 0.0) -> jax.Ar
 
 
 def check_robust_dpo(*, flip_rate: float) -> None:
+    """ValueError for settings that `robust_dpo` refuses."""
     if not 0.0 <= flip_rate < 0.5:
         raise ValueError(
             f"flip_rate must lie in [0, 0.5), got {flip_rate}: at 0.5 the labels say "
@@ -184,6 +186,7 @@ def hinge(margins: jax.Array) -> jax.Array:
 
 
 def check_ipo(*, tau: float = 1.0) -> None:
+    """ValueError for settings that `ipo` refuses."""
     if not 0.0 < tau < float("inf"):
         raise ValueError(f"tau must be positive and finite, got {tau}.")
 

@@ -24,6 +24,7 @@ class R3MOutput(NamedTuple):
 
 
 def check_r3m(*, lam: float) -> None:
+    """ValueError for settings that `r3m` refuses."""
     if not 0.0 < lam < 1.0:
         raise ValueError(
             f"lam must lie in (0, 1), got {lam}: from 1 on no pair is ever an outlier "

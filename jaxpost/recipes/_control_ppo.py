@@ -116,6 +116,7 @@ class Steps(NamedTuple):
 
 
 def init_policy(key: jax.Array, hidden: int) -> Policy:
+    """A fresh actor, its log standard deviation 0, and critic; two hidden layers."""
     key_actor, key_critic = jax.random.split(key)
     sizes = (OBSERVATIONS, hidden, hidden, 1)
     return Policy(

@@ -218,6 +218,7 @@ def make_fit(
 
 
 def init_reward(key: jax.Array, hidden: int) -> Any:
+    """A fresh reward network of a step's features, two hidden layers."""
     return init_mlp(key, (FEATURES, hidden, hidden, 1), last=0.1)
 
 

@@ -55,6 +55,7 @@ class Cell(NamedTuple):
 
 
 def as_json(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The cells as plain values, with the noise's name and rate."""
     return [
         {**cell._asdict(), "noise": cell.noise.name, "rate": cell.noise.rate}
         for cell in cells
