@@ -60,7 +60,7 @@ def check(step, state, meshes=FAST, **options):
     )
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_fine_tuning_step(accumulate):
     check(*step_and_state(sft.sft_loss(model()), accumulate=accumulate))
 

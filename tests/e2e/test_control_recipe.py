@@ -14,6 +14,7 @@ from jaxpost.recipes._control_ppo import PPOConfig, init_policy, train_ppo
 CONFIG = pathlib.Path(__file__).parents[2] / "configs/control/pendulum_quick.yaml"
 
 
+@pytest.mark.slow
 def test_quick_config_runs_end_to_end(tmp_path, capsys):
     flags = ["--run-root", str(tmp_path), "--ppo.iterations", "4"]
     flags += ["--preferences.rounds", "0", "2", "3"]

@@ -135,7 +135,9 @@ def die_after_four(monkeypatch):
     return monkeypatch
 
 
-@pytest.mark.parametrize("reference", ["live", "precomputed"])
+@pytest.mark.parametrize(
+    "reference", ["live", pytest.param("precomputed", marks=pytest.mark.slow)]
+)
 def test_resuming_is_the_same_run_bit_for_bit(reference, tmp_path, die_after_four):
     config = load(
         tmp_path,
@@ -215,6 +217,7 @@ def test_precomputed_columns_give_the_same_run_and_are_refused_when_stale(
         recipes.run(named(config, "cut"))
 
 
+@pytest.mark.slow
 def test_adapters_take_their_base_as_reference(tmp_path):
     lora = {"rank": 2, "alpha": 8}
     config = load(tmp_path, "--train.sample-prompts", "0", lora=lora)

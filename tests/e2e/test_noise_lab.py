@@ -85,6 +85,7 @@ def test_dpo_of_a_log_linear_policy_is_a_linear_reward(parts):
     np.testing.assert_allclose(scores[:, 0] - scores[:, 1], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["policy", "reward"])
 def test_models_of_a_grid_do_not_meet(parts, kind):
     _, small, _, lab = parts
@@ -133,6 +134,7 @@ def test_paired_intervals_and_verdicts_by_hand(parts):
     assert "no difference" in report.verdict((0.1, -0.1, 0.3))
 
 
+@pytest.mark.slow
 def test_quick_run_end_to_end(parts, tmp_path):
     command = [sys.executable, str(CLAIMS / "noise_lab.py"), "--quick"]
     done = subprocess.run(

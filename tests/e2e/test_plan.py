@@ -134,6 +134,7 @@ def test_a_single_change_on_the_same_devices(monkeypatch):
     assert applied.forecast.memory.total == made.remedies[0].total
 
 
+@pytest.mark.slow
 def test_programs_to_compile_and_rows_that_are_padded():
     made = plans.plan(small("--data.packing", "False"), vocab_size=100)
     assert made.forecast.programs == 3

@@ -118,6 +118,7 @@ def test_resuming_is_the_same_run_bit_for_bit(finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_exported_reward_model(finished, tmp_path):
     """Its head is kept; and the whole model is trained, on several devices."""
     path = str(finished / "export")
@@ -160,6 +161,7 @@ def test_pairs_that_say_nothing_are_refused(row, words, tmp_path):
         recipes.run(config)
 
 
+@pytest.mark.slow
 def test_margins_that_are_not_finite_name_their_pairs(tmp_path, monkeypatch):
     from jaxpost.recipes import reward
 

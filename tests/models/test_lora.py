@@ -266,6 +266,7 @@ def test_misuse_is_refused():
     assert ops.join_trees(base.params, None) is base.params
 
 
+@pytest.mark.slow
 def test_adapters_are_made_on_the_mesh_with_the_same_values():
     config = families.config(hidden_size=32, intermediate_size=64, num_heads=8)
     lora = models.LoraConfig(rank=2)

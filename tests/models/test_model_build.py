@@ -101,7 +101,10 @@ def test_head_carries_bias_and_cap():
     assert np.any(jax.grad(total)(gemma.params)["embed"]["embedding"] != 0)
 
 
-MESHES = [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+MESHES = [
+    pytest.param({"data": 8}, marks=pytest.mark.slow),
+    {"data": 2, "fsdp": 2, "tensor": 2},
+]
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)

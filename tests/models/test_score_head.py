@@ -174,6 +174,7 @@ def test_adapters_are_trained_beside_the_whole_head(adapters_first):
     assert models.split_trained(language.params) == models.split_lora(language.params)
 
 
+@pytest.mark.slow
 def test_the_head_is_made_on_the_mesh_with_the_same_values():
     config = families.config(hidden_size=32, intermediate_size=64, num_heads=8)
     mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})

@@ -151,6 +151,7 @@ def moved(batch, shift):
     }
 
 
+@pytest.mark.slow
 def test_padding_on_either_side_and_longer_rows_change_nothing():
     items, params = pairs(), model().params
     (expected, _), grads = value_and_grad(loss_of("r3m"), params, batch_of(items))
@@ -231,6 +232,7 @@ def test_gradient_of_the_head_is_the_chain_rule():
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_microbatches_are_the_whole_batch():
     tx = optax.sgd(0.1)
     state = training.init_state(model().params, tx, jax.random.key(0))
