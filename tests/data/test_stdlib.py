@@ -98,6 +98,7 @@ def test_wrong_arguments(library):
         stdlib.stdlib_rows("train", count=-1, root=library)
 
 
+@pytest.mark.slow
 def test_this_machines_library():
     train = list(stdlib.stdlib_rows("train"))
     test = list(stdlib.stdlib_rows("test"))

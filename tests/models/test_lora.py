@@ -54,6 +54,7 @@ def test_fresh_adapters_change_nothing_but_rounding(name):
     assert difference <= 2e-6 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_fresh_values_and_base_do_not_depend_on_each_other():
     config = families.CONFIGS["llama"]
     base = models.build(config, jax.random.key(0))

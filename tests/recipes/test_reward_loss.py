@@ -162,6 +162,7 @@ def test_padding_on_either_side_and_longer_rows_change_nothing():
         np.testing.assert_allclose(one, two, atol=1e-5 * np.abs(one).max() + 1e-9)
 
 
+@pytest.mark.slow
 def test_masked_tokens_and_rows_of_padding_change_nothing_even_nan():
     items = pairs(6)
     batch = batch_of(items)
