@@ -140,7 +140,46 @@ def fastest_ratio(
     return rows[ours]["tokens_per_s"] / max(rivals) if rivals else None
 
 
-def sizes_of(rows: Rows) -> str:
+def comparison(
+    title: str,
+    rows: Rows,
+    ours_of: Callable[[str, dict], str],
+    extra: tuple[tuple[str, str], ...] = (),
+) -> Table:
+    """A table of all rows, each compared with one of ours.
+
+    Args:
+        title: above the sizes.
+        rows: by name; ours begin with "jaxpost" and are not compared.
+        ours_of: the name of our row that a rival's is compared with.
+        extra: headings and keys of further columns, in seconds.
+    """
+    result = Table(title=f"{title}\n{_sizes_of(rows)}")
+    result.add_column("")
+    headings = ("tokens/s", "range", "ours / it", "peak MiB", "ours / it")
+    for heading in (*headings, *(heading for heading, _ in extra)):
+        result.add_column(heading, justify="right")
+    result.add_column("settings")
+    for name, row in rows.items():
+        ours = None if name.startswith("jaxpost") else rows.get(ours_of(name, row))
+        speed = memory = "-"
+        if ours is not None:
+            speed = f"{ours['tokens_per_s'] / row['tokens_per_s']:.2f}"
+            memory = f"{ours['peak_bytes'] / row['peak_bytes']:.2f}"
+        result.add_row(
+            name,
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['slowest']:.0f}-{row['fastest']:.0f}",
+            speed,
+            f"{row['peak_bytes'] / 2**20:.0f}",
+            memory,
+            *(f"{row[key]:.1f}" for _, key in extra),
+            f"{row['settings']} ({row['versions']})",
+        )
+    return result
+
+
+def _sizes_of(rows: Rows) -> str:
     """The model's sizes, for a table's title."""
     first = next(iter(rows.values()), {"sizes": {}})
     return " ".join(f"{name}={value}" for name, value in first["sizes"].items())

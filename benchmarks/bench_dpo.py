@@ -23,9 +23,9 @@ from _processes import (
     Entry,
     Goal,
     Rows,
+    comparison,
     fastest_ratio,
     run,
-    sizes_of,
 )
 from rich.table import Table
 
@@ -68,27 +68,11 @@ def summarise(runs: list[dict]) -> dict:
 
 def table(rows: Rows, args: argparse.Namespace) -> Table:
     """All rows, each compared with ours of the same kind of reference."""
-    result = Table(title=f"DPO, float32, CPU, {args.threads} threads\n{sizes_of(rows)}")
-    result.add_column("")
-    for name in ("tokens/s", "range", "ours / it", "peak MiB", "ours / it"):
-        result.add_column(name, justify="right")
-    result.add_column("settings")
-    for name, row in rows.items():
-        ours = rows.get(OURS if row["reference"] == "live" else OURS_COLUMNS)
-        speed = memory = "-"
-        if ours and not name.startswith("jaxpost"):
-            speed = f"{ours['tokens_per_s'] / row['tokens_per_s']:.2f}"
-            memory = f"{ours['peak_bytes'] / row['peak_bytes']:.2f}"
-        result.add_row(
-            name,
-            f"{row['tokens_per_s']:.0f}",
-            f"{row['slowest']:.0f}-{row['fastest']:.0f}",
-            speed,
-            f"{row['peak_bytes'] / 2**20:.0f}",
-            memory,
-            f"{row['settings']} ({row['versions']})",
-        )
-    return result
+    return comparison(
+        f"DPO, float32, CPU, {args.threads} threads",
+        rows,
+        lambda _, row: OURS if row["reference"] == "live" else OURS_COLUMNS,
+    )
 
 
 def judge(rows: Rows) -> list[Goal]:

@@ -21,9 +21,9 @@ from _processes import (
     Entry,
     Goal,
     Rows,
+    comparison,
     fastest_ratio,
     run,
-    sizes_of,
 )
 from rich.table import Table
 
@@ -67,30 +67,13 @@ def summarise(runs: list[dict]) -> dict:
 
 
 def table(rows: Rows, args: argparse.Namespace) -> Table:
-    """All rows, each compared with ours of the same filters."""
-    result = Table(
-        title=f"Generation, float32, CPU, {args.threads} threads\n{sizes_of(rows)}"
+    """All rows, each compared with ours of the same filters; tokens are new ones."""
+    return comparison(
+        f"Generation, float32, CPU, {args.threads} threads",
+        rows,
+        lambda name, _: OURS + (", top-k top-p" if name.endswith("top-p") else ""),
+        extra=(("first call s", "first_call_s"),),
     )
-    result.add_column("")
-    for name in ("new tokens/s", "range", "ours / it", "peak MiB", "first call s"):
-        result.add_column(name, justify="right")
-    result.add_column("settings")
-    for name, row in rows.items():
-        filtered = ", top-k top-p" if name.endswith("top-p") else ""
-        ours = rows.get(OURS + filtered)
-        speed = "-"
-        if ours and not name.startswith(OURS):
-            speed = f"{ours['tokens_per_s'] / row['tokens_per_s']:.2f}"
-        result.add_row(
-            name,
-            f"{row['tokens_per_s']:.0f}",
-            f"{row['slowest']:.0f}-{row['fastest']:.0f}",
-            speed,
-            f"{row['peak_bytes'] / 2**20:.0f}",
-            f"{row['first_call_s']:.1f}",
-            f"{row['settings']} ({row['versions']})",
-        )
-    return result
 
 
 def judge(rows: Rows) -> list[Goal]:

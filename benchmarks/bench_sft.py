@@ -22,9 +22,9 @@ from _processes import (
     Entry,
     Goal,
     Rows,
+    comparison,
     fastest_ratio,
     run,
-    sizes_of,
 )
 from rich.table import Table
 
@@ -71,34 +71,12 @@ def summarise(runs: list[dict]) -> dict:
 
 def table(rows: Rows, args: argparse.Namespace) -> Table:
     """All rows, each compared with ours of the same rematerialisation."""
-    result = Table(
-        title=f"Supervised fine-tuning, float32, CPU, {args.threads} threads\n"
-        f"{sizes_of(rows)}"
+    return comparison(
+        f"Supervised fine-tuning, float32, CPU, {args.threads} threads",
+        rows,
+        lambda _, row: OURS_REMAT if row["remat"] else OURS,
+        extra=(("first step s", "first_step_s"),),
     )
-    result.add_column("")
-    for name in (
-        *("tokens/s", "range", "ours / it"),
-        *("peak MiB", "ours / it", "first step s"),
-    ):
-        result.add_column(name, justify="right")
-    result.add_column("settings")
-    for name, row in rows.items():
-        ours = rows.get(OURS_REMAT if row["remat"] else OURS)
-        speed = memory = "-"
-        if ours and name not in (OURS, OURS_REMAT):
-            speed = f"{ours['tokens_per_s'] / row['tokens_per_s']:.2f}"
-            memory = f"{ours['peak_bytes'] / row['peak_bytes']:.2f}"
-        result.add_row(
-            name,
-            f"{row['tokens_per_s']:.0f}",
-            f"{row['slowest']:.0f}-{row['fastest']:.0f}",
-            speed,
-            f"{row['peak_bytes'] / 2**20:.0f}",
-            memory,
-            f"{row['first_step_s']:.1f}",
-            f"{row['settings']} ({row['versions']})",
-        )
-    return result
 
 
 def judge(rows: Rows) -> list[Goal]:

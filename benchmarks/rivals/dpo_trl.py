@@ -11,6 +11,7 @@ import tempfile
 
 from dpo_settings import END, pair_tokens, parse
 from sft_settings import Clock, report, transformers_llama
+from sft_trl import parse_trl, quiet_settings, ticking_callback
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -20,11 +21,7 @@ def words_of(ids, eos):
 
 
 def main() -> None:
-    args = parse(
-        __doc__,
-        optim={"default": "adamw_torch_fused"},
-        compile={"type": int, "default": 0},
-    )
+    args = parse_trl(parse, __doc__)
     import datasets
     import tokenizers
     import torch
@@ -35,14 +32,6 @@ def main() -> None:
     torch.manual_seed(0)
     sizes = args.sizes
     clock = Clock(args.warmup)
-
-    class Ticks(transformers.TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            clock.start()
-
-        def on_step_end(self, *_, **__):
-            clock.tick()
-
     eos = "<eos>"
     vocab = {eos: END} | {f"w{i}": i for i in range(1, sizes["vocab"])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, eos))
@@ -78,25 +67,11 @@ def main() -> None:
                 precompute_ref_batch_size=sizes["pairs"],
                 beta=sizes["beta"],
                 max_length=None,
-                learning_rate=sizes["learning_rate"],
-                weight_decay=sizes["weight_decay"],
-                lr_scheduler_type="constant",
-                optim=args.optim,
-                bf16=False,
-                use_cpu=True,
-                gradient_checkpointing=args.remat,
-                torch_compile=bool(args.compile),
-                logging_strategy="no",
-                eval_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_num_workers=0,
-                dataloader_pin_memory=False,
+                **quiet_settings(args),
             ),
             train_dataset=data,
             processing_class=tokenizer,
-            callbacks=[Ticks()],
+            callbacks=[ticking_callback(clock)],
         )
         first = trainer.train_dataset[0]
         lengths = [len(first[n]) for n in ("prompt_ids", "chosen_ids", "rejected_ids")]

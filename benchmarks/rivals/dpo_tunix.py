@@ -18,36 +18,13 @@ def main() -> None:
 
     import jax
     import numpy as np
-    import optax
     from flax import nnx
-    from sft_tunix import build_model
-    from tunix.sft import hooks
+    from sft_tunix import build_model, optimizer, ticking_hooks
     from tunix.sft.dpo import dpo_trainer
 
     sizes = args.sizes
     clock = Clock(args.warmup)
     losses = []
-
-    class Ticks(hooks.TrainingHooks):
-        def on_train_start(self, trainer):
-            clock.start()
-
-        def on_train_end(self, trainer):
-            pass
-
-        def on_train_step_start(self, trainer):
-            pass
-
-        def on_train_step_end(self, trainer, step, loss):
-            clock.tick()
-            losses.append(loss)
-
-        def on_eval_step_start(self, trainer):
-            pass
-
-        def on_eval_step_end(self, trainer, loss):
-            pass
-
     steps = args.warmup + args.steps
     model = build_model(sizes, args.remat)
     reference = None
@@ -56,16 +33,13 @@ def main() -> None:
     trainer = dpo_trainer.DPOTrainer(
         model,
         reference,
-        optax.chain(
-            optax.clip_by_global_norm(1.0),
-            optax.adamw(sizes["learning_rate"], weight_decay=sizes["weight_decay"]),
-        ),
+        optimizer(sizes),
         # Its hooks run one step late: they see a step's end when the next is queued.
         dpo_trainer.DPOTrainingConfig(
             eval_every_n_steps=10**9, max_steps=steps + 1, beta=sizes["beta"]
         ),
     )
-    trainer.with_training_hooks(Ticks())
+    trainer.with_training_hooks(ticking_hooks(clock, losses))
     split = sizes["prompt"]
     data = []
     for tokens in pair_tokens(sizes, steps + 1):

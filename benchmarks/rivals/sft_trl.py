@@ -12,12 +12,53 @@ from sft_settings import Clock, batches, parse, report, transformers_llama
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def main() -> None:
-    args = parse(
-        __doc__,
+def parse_trl(parse, description: str | None):
+    """`parse` with the flags that TRL's trainers share."""
+    return parse(
+        description,
         optim={"default": "adamw_torch_fused"},
         compile={"type": int, "default": 0},
     )
+
+
+def ticking_callback(clock: Clock):
+    """A callback of the trainer that ticks `clock` at each step's end."""
+    import transformers
+
+    class Ticks(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            clock.start()
+
+        def on_step_end(self, *_, **__):
+            clock.tick()
+
+    return Ticks()
+
+
+def quiet_settings(args) -> dict:
+    """The trainer's arguments at their best: nothing but training."""
+    sizes = args.sizes
+    return {
+        "learning_rate": sizes["learning_rate"],
+        "weight_decay": sizes["weight_decay"],
+        "lr_scheduler_type": "constant",
+        "optim": args.optim,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": args.remat,
+        "torch_compile": bool(args.compile),
+        "logging_strategy": "no",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+    }
+
+
+def main() -> None:
+    args = parse_trl(parse, __doc__)
     import datasets
     import tokenizers
     import torch
@@ -28,13 +69,6 @@ def main() -> None:
     torch.manual_seed(0)
     sizes = args.sizes
     clock = Clock(args.warmup)
-
-    class Ticks(transformers.TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            clock.start()
-
-        def on_step_end(self, *_, **__):
-            clock.tick()
 
     config = transformers.LlamaConfig(
         **transformers_llama(sizes, sizes["length"]),
@@ -52,28 +86,14 @@ def main() -> None:
                 per_device_train_batch_size=sizes["batch"],
                 max_length=sizes["length"],
                 dataset_kwargs={"skip_prepare_dataset": True},
-                learning_rate=sizes["learning_rate"],
-                weight_decay=sizes["weight_decay"],
-                lr_scheduler_type="constant",
-                optim=args.optim,
-                bf16=False,
-                use_cpu=True,
-                gradient_checkpointing=args.remat,
-                torch_compile=bool(args.compile),
-                logging_strategy="no",
-                eval_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_num_workers=0,
-                dataloader_pin_memory=False,
+                **quiet_settings(args),
                 average_tokens_across_devices=False,
             ),
             train_dataset=datasets.Dataset.from_dict({"input_ids": rows.tolist()}),
             processing_class=transformers.PreTrainedTokenizerFast(
                 tokenizer_object=words, eos_token="<eos>", pad_token="<eos>"
             ),
-            callbacks=[Ticks()],
+            callbacks=[ticking_callback(clock)],
         )
         stdout, sys.stdout = sys.stdout, sys.stderr  # the trainer prints its summary
         result = trainer.train()

@@ -46,18 +46,9 @@ def build_model(sizes: dict, remat: bool):
     return llama.Llama3(config, rngs=nnx.Rngs(0))
 
 
-def main() -> None:
-    args = parse(__doc__, loss={"choices": ("default", "gather"), "default": "gather"})
-    import importlib.metadata
-
-    import jax
-    import numpy as np
-    import optax
-    from tunix.sft import hooks, peft_trainer, utils
-
-    sizes = args.sizes
-    clock = Clock(args.warmup)
-    losses = []
+def ticking_hooks(clock: Clock, losses: list):
+    """Tunix's hooks: `clock` ticks and `losses` grows at each step's end."""
+    from tunix.sft import hooks
 
     class Ticks(hooks.TrainingHooks):
         def on_train_start(self, trainer):
@@ -79,17 +70,38 @@ def main() -> None:
         def on_eval_step_end(self, trainer, loss):
             pass
 
+    return Ticks()
+
+
+def optimizer(sizes: dict):
+    """AdamW with clipping, as everybody's."""
+    import optax
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(sizes["learning_rate"], weight_decay=sizes["weight_decay"]),
+    )
+
+
+def main() -> None:
+    args = parse(__doc__, loss={"choices": ("default", "gather"), "default": "gather"})
+    import importlib.metadata
+
+    import jax
+    import numpy as np
+    from tunix.sft import peft_trainer, utils
+
+    sizes = args.sizes
+    clock = Clock(args.warmup)
+    losses = []
     steps = args.warmup + args.steps
     trainer = peft_trainer.PeftTrainer(
         build_model(sizes, args.remat),
-        optax.chain(
-            optax.clip_by_global_norm(1.0),
-            optax.adamw(sizes["learning_rate"], weight_decay=sizes["weight_decay"]),
-        ),
+        optimizer(sizes),
         # Its hooks run one step late: they see a step's end when the next is queued.
         peft_trainer.TrainingConfig(eval_every_n_steps=10**9, max_steps=steps + 1),
     )
-    trainer.with_training_hooks(Ticks())
+    trainer.with_training_hooks(ticking_hooks(clock, losses))
     if args.loss == "gather":
         trainer.with_loss_fn(lean_loss)
 
