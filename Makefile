@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-# Compiled programs are kept between runs; huge pages are worth 9-28% to XLA on CPU.
-export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export PYTHONUNBUFFERED := 1
 # Processes that share the tests, about 4 GiB each; one file's tests stay together.
 TEST_WORKERS ?= 2
@@ -35,6 +33,8 @@ $(VENV)/.parity: pyproject.toml | $(BIN)/python
 
 setup: $(VENV)/.base ## create .venv and install jaxpost
 
+# Compiled programs are kept between runs; huge pages are worth 9-28% to XLA on CPU.
+demo: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 demo: $(VENV)/.base ## train, fine-tune, evaluate and export a small model
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/jaxpost demo
 

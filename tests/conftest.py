@@ -11,8 +11,9 @@ if "host_platform_device_count" not in _flags:
 # jaxpost.parallel.give_virtual_devices_threads.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-# A bound makes JAX lock the cache, which the test processes share.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache/jax-tests"))
+# A bound makes JAX lock the cache, which the test processes share; folders filled
+# without one lack what the lock's holder looks for.
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(8 * 2**30))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

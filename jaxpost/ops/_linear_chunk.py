@@ -108,7 +108,7 @@ def forward_sweep(
             chosen - log_norm,
             log_norm,
             _entropy(settings, scores, exps, top, norm),
-            _top1(settings, scores, top, targets),
+            _top1(settings, scores, chosen, top, targets),
         )
         if grads is not None:
             assert inputs.grad_weights is not None
@@ -280,19 +280,16 @@ def _entropy(settings, scores, exps, top, norm):
     return jnp.log(norm) - mean
 
 
-def _top1(settings, scores, top, targets):
+def _top1(settings, scores, chosen, top, targets):
     """1.0 where the first of the highest scores, the greedy choice, is the target."""
     if not settings.with_top1:
         return None
-    vocab = scores.shape[1]
-    ids = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    nowhere = jnp.iinfo(jnp.int32).max
-    first = jnp.min(jnp.where(scores == top[:, None], ids, nowhere), axis=1)
-    if settings.vocab_axis is not None:
-        start = lax.axis_index(settings.vocab_axis) * vocab
-        first = jnp.where(first == nowhere, nowhere, first + start.astype(jnp.int32))
-        first = lax.pmin(first, settings.vocab_axis)
-    return (first == targets.astype(jnp.int32)).astype(settings.dtype)
+    # Asked so, and not by an argmax, no array of ids as large as the scores is made.
+    local, _ = _local_targets(settings, targets, scores.shape[1])
+    ids = lax.broadcasted_iota(local.dtype, scores.shape, 1)
+    earlier = jnp.any((scores == top[:, None]) & (ids < local[:, None]), axis=1)
+    earlier = _over_vocab(settings, lax.pmax, earlier.astype(settings.dtype))
+    return jnp.where(chosen == top, 1 - earlier, 0)
 
 
 def _over_vocab(settings, reduce, x):

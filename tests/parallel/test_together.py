@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from jaxpost import parallel
@@ -70,7 +71,7 @@ def test_alone_there_is_nobody_to_wait_for():
     parallel.on_first_process("counting", lambda: done.append(1))
     parallel.wait_for_processes("nobody")
     assert done == [1]
-    assert parallel.compile_together(abs)(-2) == 2
+    assert parallel.compile_together(jax.jit(abs))(-2) == 2
     with pytest.raises(ValueError, match="mine"):
         parallel.on_first_process("failing", lambda: fail("mine"))
 

@@ -67,10 +67,9 @@ def test_memory_of_a_step_with_recomputed_layers():
     assert found["reused"] == pytest.approx(found["outputs"], rel=0.001)
     # Gradients 74, one tile of logits and its slopes 2 x 62, the head's sums, inputs
     # of layers; one copy of the whole logits would be 500.
-    assert found["temporaries"] == pytest.approx(310 * MIB, rel=0.05)
-    assert (
-        found["peak"] <= 1.2 * 2**30
-    )  # 1.17 measured, compiler and libraries included
+    assert found["temporaries"] == pytest.approx(275 * MIB, rel=0.05)
+    # 0.93 measured, compiler and libraries included; 1.2 is what was promised.
+    assert found["peak"] <= 1.2 * 2**30
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
