@@ -143,6 +143,14 @@ def generate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def negatives(arguments: Sequence[str]) -> int:
+    """Sample negatives of a base model, for discriminative fine-tuning."""
+    from jaxpost.recipes.negatives import NegativesConfig, run_negatives
+
+    run_negatives(_parse(NegativesConfig, arguments, "jaxpost negatives"))
+    return 0
+
+
 def score(arguments: Sequence[str]) -> int:
     """Score pairs, RewardBench or RM-Bench rows by log-ratios or a reward model."""
     from jaxpost.recipes.score import ScoreConfig, run_score
@@ -191,6 +199,7 @@ VERBS = {
     "plan": Verb(plan),
     "verify-resume": Verb(verify_resume),
     "generate": Verb(generate, computes=True),
+    "negatives": Verb(negatives, computes=True),
     "score": Verb(score, computes=True),
     "convert": Verb(convert),
     "data check": Verb(data_check),

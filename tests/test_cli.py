@@ -50,6 +50,7 @@ def test_each_verb_has_complete_help(verb, monkeypatch, capsys):
         "verify-resume": "--kills",
         "data check": "--data.train",
         "generate": "--max-new-tokens",
+        "negatives": "--max-redraws",
         "score": "--reference-free",
         "convert": "--max-shard-bytes",
         "report": "--out",

@@ -5,12 +5,19 @@ from jaxpost.generation._decode import trace_counts
 from jaxpost.generation._files import write_completions
 from jaxpost.generation._generate import Rollout, bucket_length, generate
 from jaxpost.generation._processors import Processor, ProcessorState
-from jaxpost.generation._text import Completion, TextResult, TextStats, generate_text
+from jaxpost.generation._text import (
+    Completion,
+    Progress,
+    TextResult,
+    TextStats,
+    generate_text,
+)
 
 __all__ = [
     "Completion",
     "Processor",
     "ProcessorState",
+    "Progress",
     "Rollout",
     "SamplingConfig",
     "TextResult",

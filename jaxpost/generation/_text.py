@@ -5,7 +5,7 @@ Knows no tokenizer: it takes the functions `encode` and `decode`.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxpost.generation._generate import Rollout, start
 from jaxpost.generation._processors import Processor
 from jaxpost.typing import DecodeFns, Params
 
+Prompt = TypeVar("Prompt")
 Encode = Callable[[str], Sequence[int]]
 Decode = Callable[[Sequence[int]], str]
 
@@ -28,6 +29,8 @@ class Completion(NamedTuple):
         tokens: ids of the answer, the stop token included; with a stop string, up to
             and including the token that completes it.
         logps: log-probability of each token, as `Rollout.logps`, nats.
+        sampling_logps: the same under the distribution drawn from, as
+            `Rollout.sampling_logps`, nats.
         finish_reason: `"stop"` (stop token), `"stop_string"` or `"length"`.
         prompt_tokens: length of the prompt.
     """
@@ -35,6 +38,7 @@ class Completion(NamedTuple):
     text: str
     tokens: list[int]
     logps: list[float]
+    sampling_logps: list[float]
     finish_reason: Literal["stop", "stop_string", "length"]
     prompt_tokens: int
 
@@ -75,9 +79,9 @@ Progress = Callable[[TextStats], None]
 def generate_text(
     fns: DecodeFns,
     params: Params,
-    encode: Encode,
+    encode: Callable[[Prompt], Sequence[int]],
     decode: Decode,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     config: SamplingConfig,
     key: jax.Array,
@@ -98,7 +102,7 @@ def generate_text(
         fns, params: the model, as in `generate`.
         encode: text to ids, with whatever special tokens the model wants in front.
         decode: ids to text.
-        prompts: texts.
+        prompts: texts, or whatever else `encode` takes.
         config: how to sample; `max_new_tokens` counts before the cut.
         key: PRNG key; see `generate`.
         stop_strings: texts that end an answer; they are not part of `Completion.text`.
@@ -263,8 +267,11 @@ def _finish(
         ids, reason = ids[:cut], "stop_string"
         text = decode(ids)
         text = text[: _find_first(text, stop_strings)]
-    logps = rollout.logps[row, : len(ids)].tolist()
-    return Completion(text, ids, logps, reason, prompt_tokens)
+    logps, sampling_logps = (
+        values[row, : len(ids)].tolist()
+        for values in (rollout.logps, rollout.sampling_logps)
+    )
+    return Completion(text, ids, logps, sampling_logps, reason, prompt_tokens)
 
 
 def _first_stop(
