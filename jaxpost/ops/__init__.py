@@ -1,10 +1,12 @@
 """Arithmetic that every room shares; arrays in, arrays out."""
 
 from jaxpost.ops._attention import attention
+from jaxpost.ops._branches import BRANCH, branch_numbers, predictors
 from jaxpost.ops._chunks import default_chunk_size
 from jaxpost.ops._dtypes import at_least_float32, compute_dtype
 from jaxpost.ops._kl import kl_estimate
 from jaxpost.ops._linear_logps import linear_token_logps
+from jaxpost.ops._linear_sequences import linear_sequence_logps
 from jaxpost.ops._logits import entropy, logits, token_logps
 from jaxpost.ops._masked import (
     last_token,
@@ -17,19 +19,23 @@ from jaxpost.ops._shift import shift_targets
 from jaxpost.ops._trees import join_trees
 
 __all__ = [
+    "BRANCH",
     "at_least_float32",
     "attention",
+    "branch_numbers",
     "compute_dtype",
     "default_chunk_size",
     "entropy",
     "join_trees",
     "kl_estimate",
     "last_token",
+    "linear_sequence_logps",
     "linear_token_logps",
     "logits",
     "masked_mean",
     "masked_sum",
     "masked_variance",
+    "predictors",
     "ratio",
     "shift_targets",
     "token_logps",

@@ -32,7 +32,8 @@ def attention(
     """Softmax attention of each query over the keys that it may see.
 
     A query sees a key if `0 <= query_position - key_position < window`, neither is
-    in segment 0, and both are in the same segment (compared only if both are given).
+    in segment 0, and both are in the same segment, or the key in the trunk of the
+    query's branch (`ops.BRANCH`; compared only if both are given).
     Keys and values are shared by `N / K` neighbouring query heads and not repeated in
     memory. Scores and softmax are float32 or wider.
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ._branches import BRANCH, branch_numbers, same_branch
+
 # 128 x 128 was the fastest on CPU (a block of scores stays in cache).
 _BLOCK_CPU = 128
 _BLOCK_ACCELERATOR = 512
@@ -38,7 +40,7 @@ def allowed_pairs(
     if key_segments is not None:
         allowed &= (key_segments != 0)[:, None, :]
     if query_segments is not None and key_segments is not None:
-        allowed &= query_segments[:, :, None] == key_segments[:, None, :]
+        allowed &= same_branch(query_segments[:, :, None], key_segments[:, None, :])
     return allowed
 
 
@@ -295,16 +297,28 @@ def _key_bounds(blocks: _MaskBlocks) -> tuple[jax.Array, jax.Array]:
     if blocks.window is not None:
         touch &= first_query[:, None] - last_key[None, :] < blocks.window
     if blocks.key_segments is not None:
-        low_query, high_query = _extremes(blocks.query_segments, valid_query)
-        low_key, high_key = _extremes(blocks.key_segments, valid_key)
-        touch &= high_query[:, None] >= low_key[None, :]
-        touch &= high_key[None, :] >= low_query[:, None]
+        query_segments, key_segments = blocks.query_segments, blocks.key_segments
+        touch &= _overlap(
+            _extremes(query_segments % BRANCH, valid_query),
+            _extremes(key_segments % BRANCH, valid_key),
+        )
+        branches = _extremes(branch_numbers(key_segments), valid_key)
+        touch &= (branches[0] == 0)[None, :] | _overlap(
+            _extremes(branch_numbers(query_segments), valid_query), branches
+        )
     touch &= jnp.any(valid_query, axis=2)[:, None] & jnp.any(valid_key, axis=2)[None]
     some = jnp.any(touch, axis=2)
     count = some.shape[1]
     numbers = jnp.arange(count, dtype=jnp.int32)[None, :]
     low = jnp.min(jnp.where(some, numbers, count), axis=1)
     return low, jnp.max(jnp.where(some, numbers + 1, 0), axis=1)
+
+
+def _overlap(queries, keys) -> jax.Array:
+    """Whether ranges `(low, high)` of query and key blocks meet, `[Q, S, B]`."""
+    (low_query, high_query), (low_key, high_key) = queries, keys
+    reach = high_query[:, None] >= low_key[None, :]
+    return reach & (high_key[None, :] >= low_query[:, None])
 
 
 def _extremes(x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:

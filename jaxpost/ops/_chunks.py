@@ -6,6 +6,7 @@ slicing along a sharded axis would gather it at every step.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,3 +89,52 @@ def gather_columns(x: jax.Array, order: jax.Array) -> jax.Array:
     """`out[a, s] = x[a, order[a, s]]` for `x` `[A, S, ...]` and `order` `[A, S]`."""
     index = order.reshape(order.shape + (1,) * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1)
+
+
+class Walk(NamedTuple):
+    """The tokens of a layout in the order in which they are walked.
+
+    Fields:
+        layout: how they are arranged.
+        trips: how many chunks to walk, a scalar.
+        mask: True on tokens to score, bool `[A, S]` in the order of the walk, where
+            they are the first of their rows; None for all.
+        order, back: from the arrangement to the walk and back, `[A, S]`, or None.
+    """
+
+    layout: Layout
+    trips: jax.Array | int
+    mask: jax.Array | None = None
+    order: jax.Array | None = None
+    back: jax.Array | None = None
+
+    def bring(self, x: jax.Array) -> jax.Array:
+        """`[*shape, ...]` to `[A, S, ...]`, zeros where not scored."""
+        x = self.layout.arrange(x)
+        return x if self.order is None else self._zero_rest(gather_columns(x, self.order))
+
+    def take_back(self, x: jax.Array) -> jax.Array:
+        """`[A, S, ...]` to `[*shape, ...]`, zeros where not scored."""
+        if self.back is not None:
+            x = gather_columns(self._zero_rest(x), self.back)
+        return self.layout.restore(x)
+
+    def _zero_rest(self, x: jax.Array) -> jax.Array:
+        assert self.mask is not None
+        mask = self.mask.reshape(self.mask.shape + (1,) * (x.ndim - 2))
+        return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def plan_walk(layout: Layout, mask: jax.Array | None) -> Walk:
+    """Bring the tokens of `mask`, bool `[*shape]`, to the front of their rows.
+
+    The others are not walked, as far as whole chunks of them are left.
+    """
+    if mask is None:
+        return Walk(layout, layout.chunks)
+    mask = layout.arrange(mask)
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    scored = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
+    trips = (scored + (layout.columns - 1)) // layout.columns
+    mask = gather_columns(mask, order)
+    return Walk(layout, trips, mask, order, jnp.argsort(order, axis=1))

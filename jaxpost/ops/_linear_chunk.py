@@ -11,6 +11,7 @@ which costs the logits' product a second time.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -75,6 +76,52 @@ class Grads(NamedTuple):
     bias: jax.Array | None
 
 
+class Chunk(NamedTuple):
+    """What `chunk_logps` knows of `C` tokens; all but `[C, V]` scores and exps `[C]`.
+
+    `exps` are `exp(scores - top)`, `norm` their sums, `chosen` the targets' scores.
+    """
+
+    logps: jax.Array
+    log_norm: jax.Array
+    chosen: jax.Array
+    top: jax.Array
+    norm: jax.Array
+    scores: jax.Array
+    exps: jax.Array
+
+
+def chunk_logps(settings: Settings, inputs: Inputs, hidden, targets) -> Chunk:
+    """One chunk's log-probs: hidden `[C, D]` and targets `[C]`, head of `inputs`."""
+    scores = _scores(settings, inputs, hidden)
+    scores, chosen = _chosen_scores(settings, scores, targets)
+    top = _over_vocab(settings, lax.pmax, jnp.max(scores, axis=1))
+    exps = jnp.exp(scores - top[:, None])
+    norm = _over_vocab(settings, lax.psum, jnp.sum(exps, axis=1))
+    log_norm = top + jnp.log(norm)
+    return Chunk(chosen - log_norm, log_norm, chosen, top, norm, scores, exps)
+
+
+def chunk_grads(
+    settings: Settings, inputs: Inputs, hidden, chunk: Chunk, targets, weights
+) -> "ChunkGrads":
+    """Gradients of `sum(weights * logps)` of one chunk, from its own scores."""
+    # The factor is folded into the small side of each product, so that the
+    # exponentials are used as they are.
+    slopes = _subtract_at(settings, chunk.exps, targets, chunk.norm)
+    return _slope_grads(
+        settings, inputs, hidden, chunk.scores, slopes, -weights / chunk.norm
+    )
+
+
+class ChunkGrads(NamedTuple):
+    """Of one chunk: `[C, D]`, a function that adds to the weight's sum, `[V]`."""
+
+    hidden: jax.Array
+    add_weight: Callable[[jax.Array], jax.Array]
+    bias: jax.Array
+
+
 def forward_sweep(
     settings: Settings, inputs: Inputs, *, with_grads: bool
 ) -> tuple[Stats, Grads | None]:
@@ -98,27 +145,18 @@ def forward_sweep(
         stats, grads = carry
         hidden = _take(inputs.hidden, i, settings.columns)
         targets = _take(inputs.targets, i, settings.columns)
-        scores = _scores(settings, inputs, hidden)
-        scores, chosen = _chosen_scores(settings, scores, targets)
-        top = _over_vocab(settings, lax.pmax, jnp.max(scores, axis=1))
-        exps = jnp.exp(scores - top[:, None])
-        norm = _over_vocab(settings, lax.psum, jnp.sum(exps, axis=1))
-        log_norm = top + jnp.log(norm)
+        chunk = chunk_logps(settings, inputs, hidden, targets)
         found = Stats(
-            chosen - log_norm,
-            log_norm,
-            _entropy(settings, scores, exps, top, norm),
-            _top1(settings, scores, chosen, top, targets),
+            chunk.logps,
+            chunk.log_norm,
+            _entropy(settings, chunk),
+            _top1(settings, chunk, targets),
         )
         if grads is not None:
             assert inputs.grad_weights is not None
             weights = _take(inputs.grad_weights, i, settings.columns)
-            # The factor is folded into the small side of each product, so that the
-            # exponentials are used as they are.
-            slopes = _subtract_at(settings, exps, targets, norm)
-            grads = _add_grads(
-                settings, inputs, grads, i, hidden, scores, slopes, -weights / norm
-            )
+            of_chunk = chunk_grads(settings, inputs, hidden, chunk, targets, weights)
+            grads = _with_chunk(grads, i, of_chunk)
         return jax.tree.map(lambda b, x: _put(b, i, x), stats, found), grads
 
     return lax.fori_loop(0, inputs.trips, body, (stats, grads))
@@ -163,9 +201,30 @@ def gradient_sweep(
             slopes = probs * (bar[:, None] + take(entropy_bar)[:, None] * surplus)
             slopes = _subtract_at(settings, slopes, take(inputs.targets), bar)
             factor = -jnp.ones_like(bar)
-        return _add_grads(settings, inputs, grads, i, hidden, scores, slopes, factor)
+        of_chunk = _slope_grads(settings, inputs, hidden, scores, slopes, factor)
+        return _with_chunk(grads, i, of_chunk)
 
     return lax.fori_loop(0, trips, body, start)
+
+
+def scale_if_foreseen(weights, trips, grads: Grads, logps_bar, entropy_bar):
+    """The forward pass's gradients, scaled, and no chunk to walk, if the cotangent is
+    `c * weights` up to rounding; otherwise zeros and all `trips`."""
+    largest = jnp.max(jnp.abs(weights), initial=0)
+    at_largest = (jnp.abs(weights) == largest) & (weights != 0)
+    ratios = logps_bar / jnp.where(at_largest, weights, 1)
+    factor = jnp.max(jnp.where(at_largest, ratios, -jnp.inf), initial=-jnp.inf)
+    factor = jnp.where(largest > 0, factor, 0)
+    expected = factor * weights
+    # Of each, or next to the largest: what is lost then is rounding of the whole.
+    slack = jnp.finfo(weights.dtype).eps * (
+        8 * jnp.abs(expected) + jnp.abs(factor) * largest
+    )
+    foreseen = jnp.all(jnp.abs(logps_bar - expected) <= slack)
+    if entropy_bar is not None:
+        foreseen &= jnp.all(entropy_bar == 0)
+    start = jax.tree.map(lambda x: jnp.where(foreseen, factor * x, 0), grads)
+    return start, jnp.where(foreseen, 0, trips)
 
 
 def zero_grads(settings: Settings, inputs: Inputs) -> Grads:
@@ -177,8 +236,8 @@ def zero_grads(settings: Settings, inputs: Inputs) -> Grads:
     )
 
 
-def _add_grads(settings, inputs, grads, i, hidden, scores, slopes, factor):
-    """Add one chunk whose gradient of the scores is `factor[:, None] * slopes`."""
+def _slope_grads(settings, inputs, hidden, scores, slopes, factor) -> ChunkGrads:
+    """Of one chunk whose gradient of the scores is `factor[:, None] * slopes`."""
     if settings.softcap is not None:
         capped = scores * (settings.temperature / settings.softcap)  # tanh of the input
         slopes = slopes * (1 - jnp.square(capped))
@@ -186,11 +245,18 @@ def _add_grads(settings, inputs, grads, i, hidden, scores, slopes, factor):
     weighted = hidden.astype(settings.dtype) * factor[:, None]
     weighted = weighted.astype(_operand_dtype(hidden, inputs.weight))
     slopes_in = slopes.astype(_operand_dtype(hidden, inputs.weight))
-    hidden_bar = _dot(settings, slopes_in, inputs.weight, 1, 1) * factor[:, None]
+    return ChunkGrads(
+        _dot(settings, slopes_in, inputs.weight, 1, 1) * factor[:, None],
+        lambda total: _add_product(settings, total, weighted, slopes_in),
+        factor @ slopes,
+    )
+
+
+def _with_chunk(grads: Grads, i, chunk: ChunkGrads) -> Grads:
     return Grads(
-        _put(grads.hidden, i, hidden_bar),
-        _add_product(settings, grads.weight, weighted, slopes_in),
-        None if grads.bias is None else grads.bias + factor @ slopes,
+        _put(grads.hidden, i, chunk.hidden),
+        chunk.add_weight(grads.weight),
+        None if grads.bias is None else grads.bias + chunk.bias,
     )
 
 
@@ -271,25 +337,27 @@ def _subtract_at(settings, slopes, targets, amounts):
     return slopes.at[rows, index].add(-amounts, mode="drop", unique_indices=True)
 
 
-def _entropy(settings, scores, exps, top, norm):
+def _entropy(settings, chunk: Chunk):
     if not settings.with_entropy:
         return None
+    scores, exps, norm = chunk.scores, chunk.exps, chunk.norm
     # A score of -inf has probability zero; 0 * -inf would be NaN.
-    terms = jnp.where(exps > 0, exps * (scores - top[:, None]), 0)
+    terms = jnp.where(exps > 0, exps * (scores - chunk.top[:, None]), 0)
     mean = _over_vocab(settings, lax.psum, jnp.sum(terms, axis=1)) / norm
     return jnp.log(norm) - mean
 
 
-def _top1(settings, scores, chosen, top, targets):
+def _top1(settings, chunk: Chunk, targets):
     """1.0 where the first of the highest scores, the greedy choice, is the target."""
     if not settings.with_top1:
         return None
+    scores, top = chunk.scores, chunk.top
     # Asked so, and not by an argmax, no array of ids as large as the scores is made.
     local, _ = _local_targets(settings, targets, scores.shape[1])
     ids = lax.broadcasted_iota(local.dtype, scores.shape, 1)
     earlier = jnp.any((scores == top[:, None]) & (ids < local[:, None]), axis=1)
     earlier = _over_vocab(settings, lax.pmax, earlier.astype(settings.dtype))
-    return jnp.where(chosen == top, 1 - earlier, 0)
+    return jnp.where(chunk.chosen == top, 1 - earlier, 0)
 
 
 def _over_vocab(settings, reduce, x):

@@ -21,6 +21,7 @@ from jaxpost.ops._linear_chunk import (
     Settings,
     forward_sweep,
     gradient_sweep,
+    scale_if_foreseen,
     vary_over,
     varying_axes,
     zero_grads,
@@ -196,7 +197,12 @@ def _sweep_bwd(settings, saved, cotangents):
     if grads is None:
         start, trips = zero_grads(settings, inputs), inputs.trips
     else:
-        start, trips = _scale_if_foreseen(inputs, grads, logps_bar, entropy_bar)
+        # Tokens of weight zero were not scored: nothing is to be had from theirs.
+        bars = (logps_bar, entropy_bar)
+        bars = jax.tree.map(lambda x: jnp.where(inputs.grad_weights == 0, 0, x), bars)
+        start, trips = scale_if_foreseen(
+            inputs.grad_weights, inputs.trips, grads, *bars
+        )
     bars = gradient_sweep(settings, inputs, stats, logps_bar, entropy_bar, start, trips)
     bars = jax.tree.map(
         lambda bar, x: bar.astype(x.dtype),
@@ -216,25 +222,6 @@ def _sweep_bwd(settings, saved, cotangents):
 
 
 _sweep.defvjp(_sweep_fwd, _sweep_bwd)
-
-
-def _scale_if_foreseen(inputs, grads, logps_bar, entropy_bar):
-    """The forward pass's gradients, scaled, and no chunk to walk, if the cotangent is
-    `c * grad_weights` up to rounding; otherwise zeros and every chunk."""
-    weights = inputs.grad_weights
-    largest = jnp.max(jnp.abs(weights), initial=0)
-    at_largest = (jnp.abs(weights) == largest) & (weights != 0)
-    ratios = logps_bar / jnp.where(at_largest, weights, 1)
-    factor = jnp.max(jnp.where(at_largest, ratios, -jnp.inf), initial=-jnp.inf)
-    factor = jnp.where(largest > 0, factor, 0)
-    expected = factor * weights
-    slack = 8 * jnp.finfo(weights.dtype).eps * jnp.abs(expected)
-    # Tokens of weight zero were not scored: nothing is to be had from theirs.
-    foreseen = jnp.all((weights == 0) | (jnp.abs(logps_bar - expected) <= slack))
-    if entropy_bar is not None:
-        foreseen &= jnp.all((weights == 0) | (entropy_bar == 0))
-    start = jax.tree.map(lambda x: jnp.where(foreseen, factor * x, 0), grads)
-    return start, jnp.where(foreseen, 0, inputs.trips)
 
 
 def _dense(hidden, head, targets, mask, temperature, with_entropy, with_top1):
