@@ -1,6 +1,12 @@
 """Losses: arrays in, unreduced values and their weights out, never a mean."""
 
 from jaxpost.losses._adaptive import AdaptiveOutput, adaptive_scaling
+from jaxpost.losses._discriminative import (
+    DiscriminativeOutput,
+    check_discriminative,
+    discriminative,
+    init_log_u,
+)
 from jaxpost.losses._divergence import divergence
 from jaxpost.losses._pairwise import (
     bradley_terry,
@@ -23,16 +29,20 @@ from jaxpost.losses._value import clipped_value
 __all__ = [
     "AdaptiveOutput",
     "ClippedPolicyOutput",
+    "DiscriminativeOutput",
     "PairwiseConfig",
     "PairwiseOutput",
     "R3MOutput",
     "adaptive_scaling",
     "bradley_terry",
+    "check_discriminative",
     "clipped_policy",
     "clipped_value",
+    "discriminative",
     "divergence",
     "dpo_margins",
     "hinge",
+    "init_log_u",
     "ipo",
     "pairwise_loss",
     "r3m",
