@@ -13,8 +13,12 @@ from jaxpost.data._arithmetic import (
     check_arithmetic,
     check_arithmetic_work,
 )
-from jaxpost.data._arithmetic_pairs import arithmetic_pair_rows
+from jaxpost.data._arithmetic_pairs import (
+    arithmetic_negative_rows,
+    arithmetic_pair_rows,
+)
 from jaxpost.data._batches import Batches
+from jaxpost.data._branches import join_answers, joined_widths
 from jaxpost.data._check import DataCheck, DataProblem, check_data
 from jaxpost.data._columns import (
     Format,
@@ -35,6 +39,19 @@ from jaxpost.data._encode import (
 )
 from jaxpost.data._errors import BadRow, BadRows, DataError, OnBadRow
 from jaxpost.data._load import load_examples, load_pairs, load_rows
+from jaxpost.data._negatives import (
+    ANSWER_ARRAYS,
+    POSITIVE,
+    AnswerBatches,
+    Answers,
+    check_distinct,
+    drop_answers,
+    encode_answers,
+    equal_answers,
+    load_answers,
+    pad_answers,
+    repeated_answers,
+)
 from jaxpost.data._packing import (
     TokenRow,
     pack,
@@ -70,8 +87,12 @@ from jaxpost.data._tokenizer import (
 from jaxpost.data._train_tokenizer import train_word_tokenizer
 
 __all__ = [
+    "ANSWER_ARRAYS",
     "CHOSEN",
+    "POSITIVE",
     "REJECTED",
+    "AnswerBatches",
+    "Answers",
     "BadRow",
     "BadRows",
     "Batches",
@@ -89,6 +110,7 @@ __all__ = [
     "TokenRow",
     "TokenView",
     "Tokenizer",
+    "arithmetic_negative_rows",
     "arithmetic_pair_rows",
     "arithmetic_problem",
     "arithmetic_rows",
@@ -97,13 +119,20 @@ __all__ = [
     "check_arithmetic",
     "check_arithmetic_work",
     "check_data",
+    "check_distinct",
     "check_vocab",
+    "drop_answers",
+    "encode_answers",
     "encode_pair",
     "encode_prompt",
     "encode_row",
+    "equal_answers",
     "example_id",
     "fingerprint",
+    "join_answers",
     "join_ids",
+    "joined_widths",
+    "load_answers",
     "load_examples",
     "load_pairs",
     "load_rows",
@@ -113,6 +142,7 @@ __all__ = [
     "pack",
     "packing_efficiency",
     "pad",
+    "pad_answers",
     "pad_batch",
     "pad_pairs",
     "read_jsonl",
@@ -120,6 +150,7 @@ __all__ = [
     "render_check",
     "render_text",
     "render_tokens",
+    "repeated_answers",
     "row_kind",
     "split_id",
     "split_preference",

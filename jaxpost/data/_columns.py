@@ -229,14 +229,15 @@ def _check_text(row: Row, name: str) -> None:
             wanted = "a string or a list of {role, content}"
         raise _type_error(row, name, value, wanted)
     for index, message in enumerate(value):
-        _check_message(row, f"{name}[{index}]", message)
+        check_message(row, f"{name}[{index}]", message)
     if not value:
         raise row.bad(
             "wrong_type", f"{name!r} is an empty list", "remove the row, or fill it"
         )
 
 
-def _check_message(row: Row, where: str, message: Any) -> None:
+def check_message(row: Row, where: str, message: Any) -> None:
+    """Refuses what is no `{role, content}`; `where` names it."""
     if not isinstance(message, dict) or "role" not in message:
         raise _type_error(row, where, message, "{role, content}")
     if message["role"] not in ROLES:

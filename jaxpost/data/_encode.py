@@ -62,6 +62,11 @@ class Pair:
     rejected: Example
     id: int
 
+    @property
+    def texts(self) -> tuple[Example, ...]:
+        """The better answer, then the other."""
+        return (self.chosen, self.rejected)
+
 
 def encode_row(
     row: Row,
@@ -95,7 +100,7 @@ def encode_row(
         ValueError: a setting is unknown, or data are conversations and the tokenizer
             has no chat template.
     """
-    _check_settings(loss_on, on_too_long)
+    check_settings(loss_on, on_too_long)
     kind = row_kind(row)
     _check_kind(row, kind, loss_on)
     columns = row.columns
@@ -108,7 +113,7 @@ def encode_row(
             row, tokenizer, columns["messages"], 0, loss_on, append_eos
         )
     else:
-        example = _encode_answer(
+        example = encode_answer(
             row,
             tokenizer,
             columns["prompt"],
@@ -116,7 +121,7 @@ def encode_row(
             loss_on,
             append_eos,
         )
-    return _finish(row, example, tokenizer, max_length, on_too_long)
+    return finish_example(row, example, tokenizer, max_length, on_too_long)
 
 
 def encode_pair(
@@ -134,14 +139,14 @@ def encode_pair(
             `equal_pair` where both are the same, in words or, once encoded and
             truncated, in tokens.
     """
-    _check_settings("auto", on_too_long)
+    check_settings("auto", on_too_long)
     prompt, chosen, rejected = split_preference(row)
     sides = []
     for answer in (chosen, rejected):
-        example = _encode_answer(
+        example = encode_answer(
             row, tokenizer, prompt, answer, "completion", append_eos
         )
-        sides.append(_finish(row, example, tokenizer, max_length, on_too_long))
+        sides.append(finish_example(row, example, tokenizer, max_length, on_too_long))
     if np.array_equal(sides[0].tokens, sides[1].tokens):
         cut = sides[0].truncated or sides[1].truncated
         raise row.bad(
@@ -190,7 +195,8 @@ def example_id(content: Any) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _check_settings(loss_on: str, on_too_long: str) -> None:
+def check_settings(loss_on: str, on_too_long: str) -> None:
+    """ValueError for settings that are not known."""
     if loss_on not in get_args(LossOn):
         raise ValueError(
             f"loss_on must be one of {', '.join(get_args(LossOn))}, got {loss_on!r}."
@@ -222,7 +228,7 @@ def _check_kind(row: Row, kind: Kind, loss_on: str) -> None:
         )
 
 
-def _encode_answer(
+def encode_answer(
     row: Row,
     tokenizer: Tokenizer,
     prompt: Any,
@@ -230,6 +236,7 @@ def _encode_answer(
     loss_on: str,
     append_eos: bool,
 ) -> Example:
+    """Prompt and answer in tokens, strings or messages; `finish_example` is next."""
     if isinstance(prompt, str) and isinstance(completion, str):
         return _encode_plain(row, tokenizer, prompt, completion, loss_on, append_eos)
     if isinstance(prompt, str):
@@ -326,13 +333,14 @@ def _nothing(row: Row, what: str):
     return row.bad("nothing_supervised", what, "remove the row, or fill in the answer")
 
 
-def _finish(
+def finish_example(
     row: Row,
     example: Example,
     tokenizer: Tokenizer,
     max_length: int | None,
     on_too_long: OnTooLong,
 ) -> Example:
+    """The example with its place in the data, within `max_length`, and checked."""
     tokens, mask = example.tokens, example.loss_mask
     mask[:1] = False  # nothing predicts the first token
     truncated = max_length is not None and len(tokens) > max_length

@@ -104,7 +104,7 @@ def load_examples(
             append_eos=append_eos,
         )
 
-    return _load(
+    return load_encoded(
         path_or_name,
         encode,
         split=split,
@@ -145,7 +145,7 @@ def load_pairs(
             append_eos=append_eos,
         )
 
-    return _load(
+    return load_encoded(
         path_or_name,
         encode,
         split=split,
@@ -159,7 +159,7 @@ def load_pairs(
     )
 
 
-def _load(
+def load_encoded(
     path_or_name: str | os.PathLike[str],
     encode: Callable[[Row], Encoded],
     *,
@@ -167,6 +167,7 @@ def _load(
     report: BadRows | None,
     **reading: Any,
 ) -> list[Encoded]:
+    """What `encode` makes of each row of a source; see `load_examples`."""
     report = BadRows() if report is None else report
     encoded = []
     for row in load_rows(path_or_name, on_bad_row=on_bad_row, report=report, **reading):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxpost.data._encode import Pair
+from jaxpost.data._encode import Example, Pair
 from jaxpost.data._packing import TokenRow, pad, stack
 
 CHOSEN, REJECTED = 0, 1
@@ -35,16 +35,27 @@ def pad_pairs(
     Raises:
         ValueError: an answer is empty or longer than the greatest length.
     """
+    return pad_together(
+        [pair.texts for pair in pairs], [pair.id for pair in pairs], length, pad_id
+    )
+
+
+def pad_together(
+    groups: Sequence[Sequence[Example]],
+    ids: Sequence[int],
+    length: int | Sequence[int],
+    pad_id: int,
+) -> list[TokenRow]:
+    """Each group of texts in a row, `[texts, T]`; see `pad_pairs`."""
     buckets = sorted({length} if isinstance(length, int) else set(length))
     if not buckets:
-        raise ValueError("pad_pairs needs at least one length.")
+        raise ValueError("rows need at least one length.")
     rows: list[TokenRow] = []
-    for pair in pairs:
-        sides = [pair.chosen, pair.rejected]
-        longest = max(map(len, sides))
+    for texts, id in zip(groups, ids, strict=True):
+        longest = max(map(len, texts))
         bucket = next((b for b in buckets if b >= longest), buckets[-1])
-        rows.append(stack(pad(sides, bucket, pad_id=pad_id)))
-        rows[-1]["example_id"] = split_id(pair.id)
+        rows.append(stack(pad(texts, bucket, pad_id=pad_id)))
+        rows[-1]["example_id"] = split_id(id)
     return rows
 
 

@@ -21,6 +21,10 @@ from jaxpost.data._records import LINE_LIMIT_BYTES, Row, read_jsonl
 BUILTIN_PREFIX = "builtin:"
 _BUILTINS = {
     "arithmetic": ("jaxpost.data._arithmetic", "arithmetic_rows"),
+    "arithmetic_negatives": (
+        "jaxpost.data._arithmetic_pairs",
+        "arithmetic_negative_rows",
+    ),
     "arithmetic_pairs": ("jaxpost.data._arithmetic_pairs", "arithmetic_pair_rows"),
     "python-stdlib": ("jaxpost.data._stdlib", "stdlib_rows"),
 }

@@ -92,7 +92,11 @@ def test_builtin_with_options():
     ("source", "message"),
     [
         ("builtin:arithmetik", "did you mean 'arithmetic'"),
-        ("builtin:", "builtin:arithmetic, builtin:arithmetic_pairs, builtin:python"),
+        (
+            "builtin:",
+            "builtin:arithmetic, builtin:arithmetic_negatives, "
+            "builtin:arithmetic_pairs, builtin:python",
+        ),
         ("builtin:arithmetic?grade=1", "no option 'grade' .did you mean 'grades'"),
         ("builtin:arithmetic?count", "cannot read the options 'count'"),
         ("builtin:arithmetic?grades=9", "builtin:arithmetic.grades=9: grades must"),
