@@ -15,12 +15,16 @@ Params = Any
 Cache = Any
 """A key/value cache, opaque outside the model that made it."""
 
+BRANCH = 2**20
+"""Distance of the segment ids of the branches of one segment; see `ops.predictors`."""
+
 Batch = Mapping[str, Any]
 """Arrays by name, each `[B, ...]`. Language-model batches hold
 
 - `tokens` int32 `[B, T]`: token ids, any valid id where padded;
 - `positions` int32 `[B, T]`: 0, 1, ... within each segment;
-- `segment_ids` int32 `[B, T]`: 0 where padded, 1, 2, ... by packed example;
+- `segment_ids` int32 `[B, T]`: 0 where padded, 1, 2, ... by packed example; `s + b *
+  BRANCH` in branch b >= 1 of segment s, which sees that segment before it and itself;
 - `loss_mask` bool `[B, T]`: True on tokens that are trained on (as inputs: before the
   shift of `ops.shift_targets`), never on the first token of a segment.
 """

@@ -1,12 +1,18 @@
 """Arithmetic that every room shares; arrays in, arrays out."""
 
 from jaxpost.ops._attention import attention
-from jaxpost.ops._branches import BRANCH, branch_numbers, predictors
+from jaxpost.ops._branches import branch_numbers, predictors
 from jaxpost.ops._chunks import default_chunk_size
 from jaxpost.ops._dtypes import at_least_float32, compute_dtype
 from jaxpost.ops._kl import kl_estimate
+from jaxpost.ops._linear_divergence import linear_divergence
 from jaxpost.ops._linear_logps import linear_token_logps
 from jaxpost.ops._linear_sequences import linear_sequence_logps
+from jaxpost.ops._linear_support import (
+    Support,
+    linear_support_logps,
+    linear_top_logps,
+)
 from jaxpost.ops._logits import entropy, logits, token_logps
 from jaxpost.ops._masked import (
     last_token,
@@ -19,7 +25,7 @@ from jaxpost.ops._shift import shift_targets
 from jaxpost.ops._trees import join_trees
 
 __all__ = [
-    "BRANCH",
+    "Support",
     "at_least_float32",
     "attention",
     "branch_numbers",
@@ -29,8 +35,11 @@ __all__ = [
     "join_trees",
     "kl_estimate",
     "last_token",
+    "linear_divergence",
     "linear_sequence_logps",
+    "linear_support_logps",
     "linear_token_logps",
+    "linear_top_logps",
     "logits",
     "masked_mean",
     "masked_sum",

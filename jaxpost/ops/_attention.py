@@ -33,7 +33,7 @@ def attention(
 
     A query sees a key if `0 <= query_position - key_position < window`, neither is
     in segment 0, and both are in the same segment, or the key in the trunk of the
-    query's branch (`ops.BRANCH`; compared only if both are given).
+    query's branch (`typing.BRANCH`; compared only if both are given).
     Keys and values are shared by `N / K` neighbouring query heads and not repeated in
     memory. Scores and softmax are float32 or wider.
 

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ._branches import BRANCH, branch_numbers, same_branch
+from jaxpost.typing import BRANCH
+
+from ._branches import branch_numbers, same_branch
 
 # 128 x 128 was the fastest on CPU (a block of scores stays in cache).
 _BLOCK_CPU = 128

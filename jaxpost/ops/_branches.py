@@ -10,8 +10,7 @@ itself, not the other branches. Ids below `BRANCH` are whole segments, as ever.
 import jax
 import jax.numpy as jnp
 
-BRANCH = 2**20
-"""Distance of the ids of a segment's branches."""
+from jaxpost.typing import BRANCH
 
 
 def branch_numbers(segment_ids: jax.Array) -> jax.Array:

@@ -111,7 +111,9 @@ class Walk(NamedTuple):
     def bring(self, x: jax.Array) -> jax.Array:
         """`[*shape, ...]` to `[A, S, ...]`, zeros where not scored."""
         x = self.layout.arrange(x)
-        return x if self.order is None else self._zero_rest(gather_columns(x, self.order))
+        return (
+            x if self.order is None else self._zero_rest(gather_columns(x, self.order))
+        )
 
     def take_back(self, x: jax.Array) -> jax.Array:
         """`[A, S, ...]` to `[*shape, ...]`, zeros where not scored."""

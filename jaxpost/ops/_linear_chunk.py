@@ -1,4 +1,6 @@
-"""The two sweeps behind `linear_token_logps`, over arranged tokens `[A, S, ...]`.
+"""Sweeps over arranged tokens `[A, S, ...]`, chunk by chunk, and their parts.
+
+The two behind `linear_token_logps` are here; other sweeps are made of the same parts.
 
 With `z = cap(scale * (h W + b)) / temperature` and `p = softmax(z)` of one token,
 
@@ -93,11 +95,11 @@ class Chunk(NamedTuple):
 
 def chunk_logps(settings: Settings, inputs: Inputs, hidden, targets) -> Chunk:
     """One chunk's log-probs: hidden `[C, D]` and targets `[C]`, head of `inputs`."""
-    scores = _scores(settings, inputs, hidden)
+    scores = chunk_scores(settings, inputs, hidden)
     scores, chosen = _chosen_scores(settings, scores, targets)
-    top = _over_vocab(settings, lax.pmax, jnp.max(scores, axis=1))
+    top = over_vocab(settings, lax.pmax, jnp.max(scores, axis=1))
     exps = jnp.exp(scores - top[:, None])
-    norm = _over_vocab(settings, lax.psum, jnp.sum(exps, axis=1))
+    norm = over_vocab(settings, lax.psum, jnp.sum(exps, axis=1))
     log_norm = top + jnp.log(norm)
     return Chunk(chosen - log_norm, log_norm, chosen, top, norm, scores, exps)
 
@@ -109,7 +111,7 @@ def chunk_grads(
     # The factor is folded into the small side of each product, so that the
     # exponentials are used as they are.
     slopes = _subtract_at(settings, chunk.exps, targets, chunk.norm)
-    return _slope_grads(
+    return slope_grads(
         settings, inputs, hidden, chunk.scores, slopes, -weights / chunk.norm
     )
 
@@ -128,10 +130,10 @@ def forward_sweep(
     """Statistics of every walked token and, if asked, gradients of
     `sum(grad_weights * logps)` from the same logits."""
     rows, width = inputs.hidden.shape[:2]
-    token_axes = _varying_axes(inputs) - {settings.vocab_axis}
+    token_axes = all_varying_axes(inputs) - {settings.vocab_axis}
 
     def per_token():
-        return _zeros((rows, width), settings.dtype, token_axes)
+        return zeros_over((rows, width), settings.dtype, token_axes)
 
     stats = Stats(
         per_token(),
@@ -143,8 +145,8 @@ def forward_sweep(
 
     def body(i, carry):
         stats, grads = carry
-        hidden = _take(inputs.hidden, i, settings.columns)
-        targets = _take(inputs.targets, i, settings.columns)
+        hidden = take_chunk(inputs.hidden, i, settings.columns)
+        targets = take_chunk(inputs.targets, i, settings.columns)
         chunk = chunk_logps(settings, inputs, hidden, targets)
         found = Stats(
             chunk.logps,
@@ -154,10 +156,10 @@ def forward_sweep(
         )
         if grads is not None:
             assert inputs.grad_weights is not None
-            weights = _take(inputs.grad_weights, i, settings.columns)
+            weights = take_chunk(inputs.grad_weights, i, settings.columns)
             of_chunk = chunk_grads(settings, inputs, hidden, chunk, targets, weights)
-            grads = _with_chunk(grads, i, of_chunk)
-        return jax.tree.map(lambda b, x: _put(b, i, x), stats, found), grads
+            grads = with_chunk(grads, i, of_chunk)
+        return jax.tree.map(lambda b, x: put_chunk(b, i, x), stats, found), grads
 
     return lax.fori_loop(0, inputs.trips, body, (stats, grads))
 
@@ -178,7 +180,7 @@ def gradient_sweep(
 
     def body(i, grads):
         def take(x):
-            return _take(x, i, settings.columns)
+            return take_chunk(x, i, settings.columns)
 
         bar = take(logps_bar)
         live = bar != 0
@@ -186,7 +188,7 @@ def gradient_sweep(
             live |= take(entropy_bar) != 0
         hidden = take(inputs.hidden)
         hidden = jnp.where(live[:, None], hidden, jnp.zeros((), hidden.dtype))
-        scores = _scores(settings, inputs, hidden)
+        scores = chunk_scores(settings, inputs, hidden)
         # Infinity makes every probability of a dead token zero.
         log_norm = jnp.where(live, take(stats.log_norm), jnp.inf)
         log_probs = scores - log_norm[:, None]
@@ -201,8 +203,8 @@ def gradient_sweep(
             slopes = probs * (bar[:, None] + take(entropy_bar)[:, None] * surplus)
             slopes = _subtract_at(settings, slopes, take(inputs.targets), bar)
             factor = -jnp.ones_like(bar)
-        of_chunk = _slope_grads(settings, inputs, hidden, scores, slopes, factor)
-        return _with_chunk(grads, i, of_chunk)
+        of_chunk = slope_grads(settings, inputs, hidden, scores, slopes, factor)
+        return with_chunk(grads, i, of_chunk)
 
     return lax.fori_loop(0, trips, body, start)
 
@@ -229,14 +231,14 @@ def scale_if_foreseen(weights, trips, grads: Grads, logps_bar, entropy_bar):
 
 def zero_grads(settings: Settings, inputs: Inputs) -> Grads:
     """Where a gradient sum starts."""
-    axes = _varying_axes(inputs)
+    axes = all_varying_axes(inputs)
     return jax.tree.map(
-        lambda x: _zeros(x.shape, settings.dtype, axes),
+        lambda x: zeros_over(x.shape, settings.dtype, axes),
         Grads(inputs.hidden, inputs.weight, inputs.bias),
     )
 
 
-def _slope_grads(settings, inputs, hidden, scores, slopes, factor) -> ChunkGrads:
+def slope_grads(settings, inputs, hidden, scores, slopes, factor) -> ChunkGrads:
     """Of one chunk whose gradient of the scores is `factor[:, None] * slopes`."""
     if settings.softcap is not None:
         capped = scores * (settings.temperature / settings.softcap)  # tanh of the input
@@ -252,9 +254,9 @@ def _slope_grads(settings, inputs, hidden, scores, slopes, factor) -> ChunkGrads
     )
 
 
-def _with_chunk(grads: Grads, i, chunk: ChunkGrads) -> Grads:
+def with_chunk(grads: Grads, i, chunk: ChunkGrads) -> Grads:
     return Grads(
-        _put(grads.hidden, i, chunk.hidden),
+        put_chunk(grads.hidden, i, chunk.hidden),
         chunk.add_weight(grads.weight),
         None if grads.bias is None else grads.bias + chunk.bias,
     )
@@ -282,7 +284,7 @@ def _add_product(settings, total, left, right):
     return lax.fori_loop(0, tiles, body, total)
 
 
-def _scores(settings, inputs, hidden):
+def chunk_scores(settings, inputs, hidden):
     """`z` of one chunk, `[C, V]`."""
     raw = _dot(settings, hidden, inputs.weight, 1, 0)
     head = Head(inputs.weight, inputs.bias, settings.softcap, settings.scale)
@@ -307,7 +309,7 @@ def _dot(settings, left, right, left_axis, right_axis):
     )
 
 
-def _local_targets(settings, targets, vocab):
+def local_ids(settings, targets, vocab):
     """Ids within this device's part of the vocabulary, and whether they are in it."""
     if settings.vocab_axis is not None:
         start = lax.axis_index(settings.vocab_axis) * vocab
@@ -317,20 +319,20 @@ def _local_targets(settings, targets, vocab):
 
 def _chosen_scores(settings, scores, targets):
     """The scores, and each target's, `[C]`; NaN for ids outside the vocabulary."""
-    local, owned = _local_targets(settings, targets, scores.shape[1])
+    local, owned = local_ids(settings, targets, scores.shape[1])
     index = jnp.where(owned, local, 0)[:, None]
     chosen = jnp.take_along_axis(scores, index, axis=1)[:, 0]
     # Read before the exponentials overwrite the scores, or both are kept.
     scores, chosen = lax.optimization_barrier((scores, chosen))
-    chosen = _over_vocab(settings, lax.psum, jnp.where(owned, chosen, 0))
-    owners = _over_vocab(settings, lax.psum, owned.astype(jnp.int32))
+    chosen = over_vocab(settings, lax.psum, jnp.where(owned, chosen, 0))
+    owners = over_vocab(settings, lax.psum, owned.astype(jnp.int32))
     return scores, jnp.where(owners == 1, chosen, jnp.nan)
 
 
 def _subtract_at(settings, slopes, targets, amounts):
     """`slopes[c, targets[c]] -= amounts[c]` where this device owns the target."""
     count, vocab = slopes.shape
-    local, owned = _local_targets(settings, targets, vocab)
+    local, owned = local_ids(settings, targets, vocab)
     index = jnp.where(owned, local, vocab)  # past the end: dropped
     amounts = jnp.broadcast_to(jnp.asarray(amounts, slopes.dtype), (count,))
     rows = jnp.arange(count, dtype=index.dtype)
@@ -343,7 +345,7 @@ def _entropy(settings, chunk: Chunk):
     scores, exps, norm = chunk.scores, chunk.exps, chunk.norm
     # A score of -inf has probability zero; 0 * -inf would be NaN.
     terms = jnp.where(exps > 0, exps * (scores - chunk.top[:, None]), 0)
-    mean = _over_vocab(settings, lax.psum, jnp.sum(terms, axis=1)) / norm
+    mean = over_vocab(settings, lax.psum, jnp.sum(terms, axis=1)) / norm
     return jnp.log(norm) - mean
 
 
@@ -353,24 +355,24 @@ def _top1(settings, chunk: Chunk, targets):
         return None
     scores, top = chunk.scores, chunk.top
     # Asked so, and not by an argmax, no array of ids as large as the scores is made.
-    local, _ = _local_targets(settings, targets, scores.shape[1])
+    local, _ = local_ids(settings, targets, scores.shape[1])
     ids = lax.broadcasted_iota(local.dtype, scores.shape, 1)
     earlier = jnp.any((scores == top[:, None]) & (ids < local[:, None]), axis=1)
-    earlier = _over_vocab(settings, lax.pmax, earlier.astype(settings.dtype))
+    earlier = over_vocab(settings, lax.pmax, earlier.astype(settings.dtype))
     return jnp.where(chunk.chosen == top, 1 - earlier, 0)
 
 
-def _over_vocab(settings, reduce, x):
+def over_vocab(settings, reduce, x):
     return x if settings.vocab_axis is None else reduce(x, settings.vocab_axis)
 
 
-def _take(x, i, columns):
+def take_chunk(x, i, columns):
     """Chunk `i` of `[A, S, ...]`, flattened: `[A * columns, ...]`."""
     part = lax.dynamic_slice_in_dim(x, i * columns, columns, axis=1)
     return part.reshape(-1, *x.shape[2:])
 
 
-def _put(buffer, i, part):
+def put_chunk(buffer, i, part):
     """Write chunk `i` back."""
     rows = buffer.shape[0]
     part = part.reshape(rows, -1, *buffer.shape[2:])
@@ -380,9 +382,26 @@ def _put(buffer, i, part):
     )
 
 
-def _varying_axes(inputs):
+def all_varying_axes(inputs):
     """Axes of an enclosing `shard_map` over which the inputs differ."""
     return frozenset().union(*(varying_axes(x) for x in jax.tree.leaves(inputs)))
+
+
+def vary_together(inputs: Inputs, axes: frozenset[str] = frozenset()) -> Inputs:
+    """Let each differentiated input vary over all axes that any input varies over, and
+    over `axes`.
+
+    Under a checked `shard_map`, JAX then sums each gradient over the axes that its
+    input lacked.
+    """
+    axes = axes | all_varying_axes(inputs)
+    if not axes:
+        return inputs
+    return inputs._replace(
+        hidden=vary_over(inputs.hidden, axes),
+        weight=vary_over(inputs.weight, axes),
+        bias=None if inputs.bias is None else vary_over(inputs.bias, axes),
+    )
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -399,5 +418,5 @@ def vary_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _zeros(shape, dtype, axes):
+def zeros_over(shape, dtype, axes):
     return vary_over(jnp.zeros(shape, dtype), axes)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpost.ops._chunks import Layout, default_chunk_size, gather_columns, plan_layout
+from jaxpost.ops._chunks import Layout, default_chunk_size, plan_layout, plan_walk
 from jaxpost.ops._dtypes import compute_dtype
 from jaxpost.ops._linear_chunk import (
     Grads,
@@ -22,7 +22,7 @@ from jaxpost.ops._linear_chunk import (
     forward_sweep,
     gradient_sweep,
     scale_if_foreseen,
-    vary_over,
+    vary_together,
     varying_axes,
     zero_grads,
 )
@@ -131,49 +131,20 @@ def linear_token_logps(
 
 def _chunked(settings, layout: Layout, hidden, head, targets, mask, grad_weights):
     """Bring scored tokens to the front of their rows, sweep, put results back."""
-    trips, back = layout.chunks, jnp.zeros((), jnp.int32)
-    hidden, targets = layout.arrange(hidden), layout.arrange(targets)
+    walk = plan_walk(layout, mask)
     if grad_weights is not None:
-        weights = lax.stop_gradient(grad_weights).astype(settings.dtype)
-        grad_weights = layout.arrange(weights)
-    if mask is not None:
-        mask = layout.arrange(mask)
-        order = jnp.argsort(~mask, axis=1, stable=True)
-        back = jnp.argsort(order, axis=1)
-        mask = gather_columns(mask, order)
-        targets = gather_columns(targets, order)
-        hidden = gather_columns(hidden, order)
-        hidden = jnp.where(mask[..., None], hidden, jnp.zeros((), hidden.dtype))
-        if grad_weights is not None:
-            grad_weights = gather_columns(grad_weights, order)
-        scored = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
-        trips = (scored + (layout.columns - 1)) // layout.columns
-    inputs = Inputs(hidden, head.weight, head.bias, targets, grad_weights, trips)
-    found: Any = _sweep(settings, _vary_together(settings, inputs))
-    logps, *others = found
-
-    def finish(x):
-        if mask is not None:
-            x = gather_columns(jnp.where(mask, x, jnp.zeros((), x.dtype)), back)
-        return layout.restore(x)
-
-    return TokenStats(finish(logps), *(x if x is None else finish(x) for x in others))
-
-
-def _vary_together(settings: Settings, inputs: Inputs) -> Inputs:
-    """Let each differentiated input vary over all axes that any input varies over.
-
-    Under a checked `shard_map`, JAX then sums each gradient over the axes that its
-    input lacked.
-    """
-    axes = frozenset().union(*(varying_axes(x) for x in jax.tree.leaves(inputs)))
-    if not axes:
-        return inputs
-    return inputs._replace(
-        hidden=vary_over(inputs.hidden, axes),
-        weight=vary_over(inputs.weight, axes),
-        bias=None if inputs.bias is None else vary_over(inputs.bias, axes),
+        grad_weights = lax.stop_gradient(grad_weights).astype(settings.dtype)
+        grad_weights = walk.bring(grad_weights)
+    inputs = Inputs(
+        walk.bring(hidden),
+        head.weight,
+        head.bias,
+        walk.bring(targets),
+        grad_weights,
+        walk.trips,
     )
+    found: Any = _sweep(settings, vary_together(inputs))
+    return TokenStats(*(x if x is None else walk.take_back(x) for x in found))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -79,12 +79,14 @@ def linear_top_logps(
     inputs = sweep_inputs(walk, hidden, head, None)
 
     def body(i, found):
-        scores = chunks._scores(settings, inputs, chunks._take(inputs.hidden, i, walk.layout.columns))
+        scores = chunks.chunk_scores(
+            settings, inputs, chunks.take_chunk(inputs.hidden, i, walk.layout.columns)
+        )
         values, ids = _top_scores(settings, scores, k)
         inside, tail = _log_sums(settings, scores, ids, values)
         log_norm = jnp.logaddexp(inside, tail)
         part = Support(ids, values - log_norm[:, None], tail - log_norm)
-        return jax.tree.map(lambda b, x: chunks._put(b, i, x), found, part)
+        return jax.tree.map(lambda b, x: chunks.put_chunk(b, i, x), found, part)
 
     empty = _empty(settings, inputs, k)
     found = lax.fori_loop(0, walk.trips, body, empty)
@@ -175,19 +177,18 @@ def plan_sweep(
 def sweep_inputs(
     walk: Walk, hidden: jax.Array, head: Head, targets: jax.Array | None
 ) -> Inputs:
-    """The arrays of a sweep; each differentiated one varies over all axes of a
-    `shard_map` that any of them varies over (see `_linear_logps`)."""
+    """The arrays of a sweep in the order of the walk."""
     if targets is None:
         targets = jnp.zeros(hidden.shape[:-1], jnp.int32)
     inputs = Inputs(
-        walk.bring(hidden), head.weight, head.bias, walk.bring(targets), None, walk.trips
+        walk.bring(hidden),
+        head.weight,
+        head.bias,
+        walk.bring(targets),
+        None,
+        walk.trips,
     )
-    axes = chunks._varying_axes(inputs)
-    return inputs._replace(
-        hidden=chunks.vary_over(inputs.hidden, axes),
-        weight=chunks.vary_over(inputs.weight, axes),
-        bias=None if inputs.bias is None else chunks.vary_over(inputs.bias, axes),
-    )
+    return chunks.vary_together(inputs)
 
 
 def check_sweep(hidden, head: Head, mask, chunk_size, temperature) -> None:
@@ -210,12 +211,12 @@ def check_sweep(hidden, head: Head, mask, chunk_size, temperature) -> None:
 
 def _empty(settings: Settings, inputs: Inputs, k: int) -> Support:
     """Buffers for a support of every token of the walk."""
-    axes = chunks._varying_axes(inputs) - {settings.vocab_axis}
+    axes = chunks.all_varying_axes(inputs) - {settings.vocab_axis}
     shape = inputs.hidden.shape[:2]
     return Support(
-        chunks._zeros((*shape, k), jnp.int32, axes),
-        chunks._zeros((*shape, k), settings.dtype, axes),
-        chunks._zeros(shape, settings.dtype, axes),
+        chunks.zeros_over((*shape, k), jnp.int32, axes),
+        chunks.zeros_over((*shape, k), settings.dtype, axes),
+        chunks.zeros_over(shape, settings.dtype, axes),
     )
 
 
@@ -243,10 +244,10 @@ def _log_sums(settings: Settings, scores, ids, chosen):
     """`logsumexp` of the chosen scores, and of all others, both `[C]`."""
     inside = jax.nn.logsumexp(chosen, axis=1)
     others = _without(settings, scores, ids)
-    top = chunks._over_vocab(settings, lax.pmax, jnp.max(others, axis=1))
+    top = chunks.over_vocab(settings, lax.pmax, jnp.max(others, axis=1))
     safe = jnp.where(jnp.isneginf(top), jnp.zeros((), top.dtype), top)
     exps = jnp.exp(others - safe[:, None])
-    total = chunks._over_vocab(settings, lax.psum, jnp.sum(exps, axis=1))
+    total = chunks.over_vocab(settings, lax.psum, jnp.sum(exps, axis=1))
     return inside, safe + jnp.log(total)
 
 
@@ -259,7 +260,7 @@ def _without(settings: Settings, scores, ids):
 def _places(settings: Settings, scores, ids):
     """Row and column of each of `ids` `[C, K]`; past the end where not held here."""
     count, vocab = scores.shape
-    local, owned = chunks._local_targets(settings, ids, vocab)
+    local, owned = chunks.local_ids(settings, ids, vocab)
     index = jnp.where(owned, local, vocab)
     rows = lax.broadcasted_iota(index.dtype, (count, ids.shape[1]), 0)
     return rows, index
@@ -267,12 +268,12 @@ def _places(settings: Settings, scores, ids):
 
 def _chosen(settings: Settings, scores, ids):
     """The scores, and those at `ids`, `[C, K]`; NaN for ids outside the vocabulary."""
-    local, owned = chunks._local_targets(settings, ids, scores.shape[1])
+    local, owned = chunks.local_ids(settings, ids, scores.shape[1])
     found = jnp.take_along_axis(scores, jnp.where(owned, local, 0), axis=1)
     # Read before the others overwrite the scores, or both are kept.
     scores, found = lax.optimization_barrier((scores, found))
-    found = chunks._over_vocab(settings, lax.psum, jnp.where(owned, found, 0))
-    owners = chunks._over_vocab(settings, lax.psum, owned.astype(jnp.int32))
+    found = chunks.over_vocab(settings, lax.psum, jnp.where(owned, found, 0))
+    owners = chunks.over_vocab(settings, lax.psum, owned.astype(jnp.int32))
     return scores, jnp.where(owners == 1, found, jnp.nan)
 
 
@@ -286,14 +287,16 @@ def _forward(settings, hidden, weight, bias, rest):
     inputs = Inputs(hidden, weight, bias, ids, None, trips)
 
     def body(i, found):
-        part = chunks._take(ids, i, settings.columns)
-        scores = chunks._scores(settings, inputs, chunks._take(hidden, i, settings.columns))
+        part = chunks.take_chunk(ids, i, settings.columns)
+        scores = chunks.chunk_scores(
+            settings, inputs, chunks.take_chunk(hidden, i, settings.columns)
+        )
         scores, chosen = _chosen(settings, scores, part)
         inside, tail = _log_sums(settings, scores, part, chosen)
         log_norm = jnp.logaddexp(inside, tail)
         parts = (chosen - log_norm[:, None], tail - log_norm, log_norm)
         return tuple(
-            chunks._put(b, i, x) for b, x in zip(found, parts, strict=True)
+            chunks.put_chunk(b, i, x) for b, x in zip(found, parts, strict=True)
         )
 
     empty = _empty(settings, inputs, ids.shape[2])
@@ -313,13 +316,13 @@ def _backward(settings, saved, cotangents):
 
     def body(i, grads):
         def take(x):
-            return chunks._take(x, i, settings.columns)
+            return chunks.take_chunk(x, i, settings.columns)
 
         bars, rest_bar = take(logps_bar), take(tail_bar)
         live = jnp.any(bars != 0, axis=1) | (rest_bar != 0)
         part = take(hidden)
         part = jnp.where(live[:, None], part, jnp.zeros((), part.dtype))
-        scores = chunks._scores(settings, inputs, part)
+        scores = chunks.chunk_scores(settings, inputs, part)
         # Infinity makes every probability of a dead token zero.
         norm = jnp.where(live, take(log_norm), jnp.inf)
         rest_norm = norm + take(tail)
@@ -331,8 +334,8 @@ def _backward(settings, saved, cotangents):
         rows, index = _places(settings, scores, take(ids))
         slopes = slopes.at[rows, index].add(bars, mode="drop")
         factor = jnp.ones_like(rest_bar)
-        of_chunk = chunks._slope_grads(settings, inputs, part, scores, slopes, factor)
-        return chunks._with_chunk(grads, i, of_chunk)
+        of_chunk = chunks.slope_grads(settings, inputs, part, scores, slopes, factor)
+        return chunks.with_chunk(grads, i, of_chunk)
 
     found = lax.fori_loop(0, trips, body, chunks.zero_grads(settings, inputs))
     return (

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from jaxpost import models, ops
+from jaxpost.typing import BRANCH
 
 # Two segments in one row: 5 tokens with branches of 4 and 3, 2 with one of 2; padding.
 LENGTHS = [(1, 0, 5), (1, 1, 4), (1, 2, 3), (2, 0, 2), (2, 1, 2)]
 SEGMENTS = np.array(
-    [s + b * ops.BRANCH for s, b, n in LENGTHS for _ in range(n)] + [0, 0], np.int32
+    [s + b * BRANCH for s, b, n in LENGTHS for _ in range(n)] + [0, 0], np.int32
 )[None]
 
 
@@ -26,7 +27,7 @@ def test_without_branches_predictors_are_the_place_before():
 
 
 def test_a_branch_without_trunk_predicts_from_itself_only():
-    segments = jnp.asarray([[1 + ops.BRANCH] * 2 + [1 + 2 * ops.BRANCH] * 2])
+    segments = jnp.asarray([[1 + BRANCH] * 2 + [1 + 2 * BRANCH] * 2])
     assert ops.predictors(segments)[0].tolist() == [-1, 0, -1, 2]
 
 
@@ -42,7 +43,7 @@ def test_attention_equals_rows_of_their_own(implementation, length):
     positions = np.concatenate(
         [np.arange(trunk), trunk + np.arange(one), trunk + np.arange(two)]
     )
-    together = (positions[None], (1 + branch * ops.BRANCH)[None].astype(np.int32))
+    together = (positions[None], (1 + branch * BRANCH)[None].astype(np.int32))
 
     def attend(place, segments, *arrays):
         return ops.attention(
@@ -93,7 +94,7 @@ def test_a_decoder_sees_branches_as_rows():
     prompt, one, two = (rng.integers(1, 23, n).astype(np.int32) for n in (5, 4, 3))
     tokens = np.concatenate([prompt, one, two])[None]
     positions = np.concatenate([np.arange(9), np.arange(5, 8)])[None].astype(np.int32)
-    segments = np.repeat([1, 1 + ops.BRANCH, 1 + 2 * ops.BRANCH], (5, 4, 3))[None]
+    segments = np.repeat([1, 1 + BRANCH, 1 + 2 * BRANCH], (5, 4, 3))[None]
 
     def logps(tokens, positions, segments):
         hidden = model.apply(model.params, tokens, positions, segments).hidden
