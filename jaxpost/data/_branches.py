@@ -92,19 +92,19 @@ def joined_widths(
         own = np.maximum(real[0].sum(axis=1) - prompt, 0)
         needed = prompt + int(own[0] + np.sort(own[1:])[::-1][: taken - 1].sum())
         widths[size] = max(widths.get(size, 0), needed)
-    return {size: -(-needed // STEP) * STEP for size, needed in widths.items()}
+    return {size: -(-max(needed, 1) // STEP) * STEP for size, needed in widths.items()}
 
 
 def _prompts(batch: Mapping[str, np.ndarray], real: np.ndarray) -> np.ndarray:
     """Tokens that a row's sequences begin with alike and none scores, `[B]`."""
-    there = real.any(axis=2, keepdims=True)
+    there = np.any(real, axis=2, keepdims=True)
     first = _first_there(real)[:, None, None]
     example = np.take_along_axis(batch["tokens"], first, axis=1)
     shared = real & ~batch["loss_mask"] & (batch["tokens"] == example)
-    alike = (shared | ~there).all(axis=1) & there.any(axis=1)
+    alike = np.all(shared | ~there, axis=1) & np.any(there, axis=1)
     return np.cumprod(alike, axis=1).sum(axis=1)
 
 
 def _first_there(real: np.ndarray) -> np.ndarray:
     """The first sequence of each row that has tokens, else 0, `[B]`."""
-    return np.argmax(real.any(axis=2), axis=1)
+    return np.argmax(np.any(real, axis=2), axis=1)
