@@ -7,7 +7,7 @@ from jaxpost.losses._discriminative import (
     discriminative,
     init_log_u,
 )
-from jaxpost.losses._divergence import divergence
+from jaxpost.losses._divergence import divergence, support_divergence
 from jaxpost.losses._pairwise import (
     bradley_terry,
     dpo_margins,
@@ -49,4 +49,5 @@ __all__ = [
     "reward_centering",
     "robust_dpo",
     "sft",
+    "support_divergence",
 ]

@@ -144,7 +144,11 @@ def _chunked(settings, layout: Layout, hidden, head, targets, mask, grad_weights
         walk.trips,
     )
     found: Any = _sweep(settings, vary_together(inputs))
-    return TokenStats(*(x if x is None else walk.take_back(x) for x in found))
+    logps, *others = found
+    return TokenStats(
+        walk.take_back(logps),
+        *(x if x is None else walk.take_back(x) for x in others),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -169,10 +173,13 @@ def _sweep_bwd(settings, saved, cotangents):
         start, trips = zero_grads(settings, inputs), inputs.trips
     else:
         # Tokens of weight zero were not scored: nothing is to be had from theirs.
-        bars = (logps_bar, entropy_bar)
-        bars = jax.tree.map(lambda x: jnp.where(inputs.grad_weights == 0, 0, x), bars)
+        scored = inputs.grad_weights != 0
         start, trips = scale_if_foreseen(
-            inputs.grad_weights, inputs.trips, grads, *bars
+            inputs.grad_weights,
+            inputs.trips,
+            grads,
+            jnp.where(scored, logps_bar, 0),
+            None if entropy_bar is None else jnp.where(scored, entropy_bar, 0),
         )
     bars = gradient_sweep(settings, inputs, stats, logps_bar, entropy_bar, start, trips)
     bars = jax.tree.map(

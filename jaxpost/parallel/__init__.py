@@ -34,7 +34,7 @@ from jaxpost.parallel._together import (
     on_first_process,
     wait_for_processes,
 )
-from jaxpost.parallel._vocabulary import split_vocabulary
+from jaxpost.parallel._vocabulary import split_heads, split_vocabulary
 
 __all__ = [
     "AXES",
@@ -66,6 +66,7 @@ __all__ = [
     "roofline",
     "shardings",
     "shardings_like",
+    "split_heads",
     "split_lookup",
     "split_vocabulary",
     "start_processes",

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import divergence as oracle
+from oracles import support as support_oracle
 
-from jaxpost import losses
+from jaxpost import losses, ops
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -163,3 +164,141 @@ def test_errors():
             losses.divergence(one, one, alpha=alpha)
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\).* vocabulary"):
         losses.divergence(one, jnp.zeros((2, 4)), alpha=0.5)
+
+
+# What follows is of supports: some tokens and the rest.
+
+TEACHER_LOGITS, STUDENT_LOGITS = [4.0, 3, 2, 1, 0, -1], [3.0, 3, 1, 1, 0, 0]
+
+
+def support_of(logps, ids):
+    """Of log-probabilities `[V]`."""
+    ids = jnp.asarray(ids)
+    rest = jnp.delete(logps, ids, assume_unique_indices=True)
+    return ops.Support(ids, logps[ids], jax.nn.logsumexp(rest))
+
+
+@pytest.mark.parametrize(
+    ("rest", "value"),
+    [
+        ("bucket", None),
+        ("renormalize", 0.1062892402),
+        ("teacher", 0.2106587646),
+    ],
+)
+def test_worked_values_of_the_three_most_likely(rest, value):
+    with jax.enable_x64(True):
+        teacher, student = (
+            jax.nn.log_softmax(jnp.asarray(z)) for z in (TEACHER_LOGITS, STUDENT_LOGITS)
+        )
+        whole = losses.divergence(student, teacher, alpha=0.0)
+        np.testing.assert_allclose(whole, 0.1219822228, rtol=0, atol=0.51e-10)
+        three = (support_of(x, [0, 1, 2]) for x in (student, teacher))
+        found = losses.support_divergence(*three, alpha=0.0, rest=rest)
+    if value is None:
+        assert 0.0 < float(found) < float(whole)
+    else:
+        np.testing.assert_allclose(found, value, rtol=0, atol=0.51e-10)
+
+
+def test_worked_values_of_the_two_most_likely_and_a_tail():
+    with jax.enable_x64(True):
+        logps = [jnp.log(jnp.asarray(p)) for p in (STUDENT, TEACHER)]
+        two = [support_of(x, [0, 1]) for x in logps]
+        np.testing.assert_allclose(np.exp([x.tail for x in two]), [0.2, 0.3])
+        bucket = losses.support_divergence(*two, alpha=1.0)
+        normal = losses.support_divergence(*two, alpha=1.0, rest="renormalize")
+    np.testing.assert_allclose(bucket, 0.2238047, rtol=0, atol=0.51e-7)
+    np.testing.assert_allclose(normal, 0.2475906, rtol=0, atol=0.51e-6)
+
+
+@pytest.mark.parametrize("rest", ["bucket", "renormalize", "teacher"])
+def test_gradient_where_student_and_teacher_are_the_same(rest):
+    """Zero, but where only the teacher is normalised on the support."""
+    with jax.enable_x64(True):
+        logits = jnp.asarray(TEACHER_LOGITS)
+        teacher = support_of(jax.nn.log_softmax(logits), [0, 1, 2])
+
+        def loss(z):
+            student = support_of(jax.nn.log_softmax(z), [0, 1, 2])
+            return losses.support_divergence(student, teacher, alpha=0.0, rest=rest)
+
+        value, slope = jax.value_and_grad(loss)(logits)
+    if rest == "teacher":
+        np.testing.assert_allclose(value, 0.0485873516, rtol=0, atol=0.51e-10)
+        wanted = [-0.03154963, -0.01160646, -0.00426978]
+        wanted += [0.03154963, 0.01160646, 0.00426978]
+        np.testing.assert_allclose(slope, wanted, rtol=0, atol=0.51e-8)
+    else:
+        np.testing.assert_allclose([value, *slope], 0.0, atol=1e-15)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    student=distributions,
+    teacher=distributions,
+    alpha=st.sampled_from(ALPHAS),
+    k=st.integers(1, 5),
+)
+def test_supports_equal_the_oracle(student, teacher, alpha, k):
+    """A bucket for the rest never adds to the divergence; the whole has none."""
+    ids = np.argsort(-teacher)[:k]
+    with jax.enable_x64(True):
+        pair = [support_of(jnp.log(jnp.asarray(p)), ids) for p in (student, teacher)]
+        for rest in ("bucket", "renormalize", "teacher"):
+            if rest == "teacher" and alpha == 1.0:
+                continue
+            found = losses.support_divergence(*pair, alpha=alpha, rest=rest)
+            plain = [support_oracle.support(np.log(p), ids) for p in (student, teacher)]
+            wanted = support_oracle.support_divergence(*plain, alpha, rest)
+            np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-13)
+        bucket = float(losses.support_divergence(*pair, alpha=alpha))
+    whole = oracle.divergence(student, teacher, alpha)
+    assert bucket <= whole + 1e-12
+    if k == 5:
+        np.testing.assert_allclose(bucket, whole, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_temperature_is_that_of_the_logits(alpha):
+    rng = np.random.default_rng(3)
+    logits = [jnp.float32(rng.normal(size=(2, 6))) for _ in range(2)]
+    logps = [jax.nn.log_softmax(z) for z in logits]
+    found = losses.divergence(*logps, alpha=alpha, temperature=2.5)
+    wanted = losses.divergence(
+        *(jax.nn.log_softmax(z / 2.5) for z in logits), alpha=alpha
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert not np.allclose(found, losses.divergence(*logps, alpha=alpha), rtol=0.1)
+
+
+def test_a_floored_teacher_is_a_teacher_too():
+    """Ratios are clipped before, with the student taken as a constant (RESD)."""
+
+    def loss(student, teacher):
+        floor = jax.lax.stop_gradient(student) + math.log(0.2)
+        clipped = jnp.maximum(teacher, floor)
+        return losses.divergence(student, clipped, alpha=1.0)
+
+    with jax.enable_x64(True):
+        pair = [jnp.log(jnp.asarray(p)) for p in ([0.97, 0.03], [0.01, 0.99])]
+        np.testing.assert_allclose(loss(*pair), 1.4562595, rtol=0, atol=0.51e-7)
+        teacher = jnp.log(jnp.asarray([0.02, 0.08, 0.90]))
+        value, slope = jax.value_and_grad(
+            lambda z: loss(jax.nn.log_softmax(z), teacher)
+        )(jnp.asarray([1.0, 0.2, -0.5]))
+    np.testing.assert_allclose(value, 1.0331070, rtol=0, atol=0.51e-7)
+    wanted = [0.3446009, 0.0479099, -0.3925108]
+    np.testing.assert_allclose(slope, wanted, rtol=0, atol=0.51e-7)
+
+
+def test_errors_of_supports():
+    pair = [support_of(jnp.zeros(4), [0, 1])] * 2
+    with pytest.raises(ValueError, match="rest must be one of bucket, renormalize, te"):
+        losses.support_divergence(*pair, alpha=0.5, rest="drop")
+    with pytest.raises(ValueError, match="rest is 'teacher'.* choose a smaller alpha"):
+        losses.support_divergence(*pair, alpha=1.0, rest="teacher")
+    with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\]"):
+        losses.support_divergence(*pair, alpha=2.0)
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        losses.divergence(jnp.zeros(3), jnp.zeros(3), alpha=0.5, temperature=0.0)
