@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from jaxpost import data, losses, parallel, reports, training
-from jaxpost.recipes import _pairs
+from jaxpost.recipes import _answers, _pairs
 from jaxpost.recipes._run import Run
 from jaxpost.typing import Batch, Params
 
@@ -14,7 +14,7 @@ from jaxpost.typing import Batch, Params
 def write(
     run: Run,
     state: training.TrainState,
-    score: _pairs.ScoreFn,
+    score: _answers.ScoreFn,
     config: losses.PairwiseConfig,
 ) -> None:
     """Scores pairs with the last parameters and writes `pairs/` into the run folder.
@@ -47,7 +47,7 @@ def write(
         }
 
     params = state.joined(use_ema=state.ema is not None)
-    scored = _pairs.score_rows(run, rows, params, everything)
+    scored = _answers.score_rows(run, rows, params, everything)
     pairs = [pair for _, items in parts.values() for pair in items]
     columns: dict[str, Any] = {
         "example_id": [pair.id for pair in pairs],

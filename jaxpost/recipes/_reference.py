@@ -1,4 +1,4 @@
-"""The reference of a preference run: beside the policy, as columns, its base, or none.
+"""The reference of a run on answers: beside the policy, as columns, its base, or none.
 
 Precomputed log-probabilities are a file of columns by example id, with a fingerprint of
 everything they depend on; columns that no longer fit are refused by name.
@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import zipfile
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpost import data, models, parallel, training
-from jaxpost.recipes import _pairs
+from jaxpost.recipes import _answers
 from jaxpost.recipes._config import ConfigError
 from jaxpost.recipes._run import Run
 from jaxpost.typing import Params
@@ -70,19 +71,53 @@ def live_copy(run: Run) -> Params:
     return jax.tree.map(copy, run.model.params)
 
 
+def policy_params(params: Params) -> Params:
+    """What is left of the parameters without a live reference."""
+    return {name: value for name, value in params.items() if name != "reference"}
+
+
+def under_reference(
+    name: ReferenceName,
+    model: models.Model,
+    params: Params,
+    logps_of: Callable[[models.Model, Params], jax.Array],
+) -> jax.Array:
+    """What `logps_of` gives for a reference that is a model, without gradient.
+
+    Args:
+        name: `live`, the parameters under `reference`; or `lora_base`, those without
+            adapters.
+        model: the policy's.
+        params: as the loss is given them.
+        logps_of: from a model and its parameters to log-probabilities.
+    """
+    if name == "live":
+        found = logps_of(model, params["reference"])
+    elif name == "lora_base":
+        found = logps_of(models.without_lora(model), models.split_lora(params)[1])
+    else:
+        raise ValueError(f"a reference {name!r} is no model to compute with.")
+    return jax.lax.stop_gradient(found)
+
+
 def with_reference_columns(
-    run: Run, score: _pairs.ScoreFn, *, path: str | None = None
+    run: Run,
+    score: _answers.ScoreFn,
+    *,
+    path: str | None = None,
+    columns: Sequence[str] = COLUMNS,
 ) -> Run:
     """The run with reference log-probs in its rows, from a file or computed now.
 
     Args:
         run: not trained yet.
-        score: from parameters and a batch to `logps` `[B, 2]`.
+        score: from parameters and a batch to `logps` `[B, A]`.
         path: the file; `reference.npz` in the run folder if None. Read if it is there,
             else computed in one pass over the training and held-out rows, and written.
+        columns: names of the `A` numbers in the rows; or one name for them together.
 
     Returns:
-        The run whose rows hold `ref_chosen_logps` and `ref_rejected_logps`, float32.
+        The run whose rows hold these columns, float32.
 
     Raises:
         StaleReferenceError: the file's fingerprint differs; names what changed.
@@ -91,23 +126,22 @@ def with_reference_columns(
     file = pathlib.Path(path) if path else run.folder.path / FILE
     rows = [*run.rows, *run.eval_rows]
     wanted = fingerprint(run, rows)
-    table = _read_together(file, wanted)
+    table = _read_together(file, wanted, columns)
     if table is None:
-        logps = _pairs.score_rows(run, rows, run.model.params, score)["logps"]
-        ids = data.join_ids(_pairs.ids_of(rows))
+        logps = _answers.score_rows(run, rows, run.model.params, score)["logps"]
+        ids = data.join_ids(_answers.ids_of(rows))
         _check_finite(file, ids, logps)
         table = dict(zip(ids.tolist(), logps.astype(np.float32), strict=True))
         parallel.on_first_process(
-            "reference columns", lambda: write_columns(file, table, wanted)
+            "reference columns", lambda: write_columns(file, table, wanted, columns)
         )
 
     def extended(part: list[data.TokenRow]) -> list[data.TokenRow]:
         if not part:
             return part
-        ids = data.join_ids(_pairs.ids_of(part))
+        ids = data.join_ids(_answers.ids_of(part))
         found = np.stack([table[id] for id in ids.tolist()])
-        columns = {name: found[:, side] for side, name in enumerate(COLUMNS)}
-        return data.with_columns(part, columns)
+        return data.with_columns(part, _split(found, columns))
 
     return run.with_rows(extended(run.rows), extended(run.eval_rows))
 
@@ -134,12 +168,14 @@ def fingerprint(run: Run, rows: list[data.TokenRow]) -> dict[str, str]:
 
 
 def write_columns(
-    file: pathlib.Path, table: dict[int, np.ndarray], wanted: dict[str, str]
+    file: pathlib.Path,
+    table: dict[int, np.ndarray],
+    wanted: dict[str, str],
+    columns: Sequence[str] = COLUMNS,
 ) -> None:
-    """Log-probs `[2]` by example id as a `.npz` without pickled objects, replaced
+    """Log-probs `[A]` by example id as a `.npz` without pickled objects, replaced
     whole."""
-    logps = np.stack(list(table.values()))
-    arrays = {name: logps[:, side] for side, name in enumerate(COLUMNS)}
+    arrays = _split(np.stack(list(table.values())), columns)
     arrays["example_id"] = np.array(list(table), np.int64)
     arrays["fingerprint"] = np.array(json.dumps(wanted))
     part = file.with_name(f"{file.name}.part")
@@ -151,7 +187,16 @@ def write_columns(
     part.replace(file)
 
 
-def read_columns(file: pathlib.Path, wanted: dict[str, str]) -> dict[int, np.ndarray]:
+def _split(logps: np.ndarray, columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """Log-probs `[n, A]` by name: each answer's, or all under one name."""
+    if len(columns) == 1:
+        return {columns[0]: logps}
+    return {name: logps[:, place] for place, name in enumerate(columns)}
+
+
+def read_columns(
+    file: pathlib.Path, wanted: dict[str, str], columns: Sequence[str] = COLUMNS
+) -> dict[int, np.ndarray]:
     """What `write_columns` wrote, if it still fits.
 
     Raises:
@@ -163,7 +208,8 @@ def read_columns(file: pathlib.Path, wanted: dict[str, str]) -> dict[int, np.nda
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
             found: dict[str, Any] = json.loads(str(stored["fingerprint"]))
             ids = stored["example_id"]
-            logps = np.stack([stored[name] for name in COLUMNS], axis=1)
+            parts = [stored[name] for name in columns]
+            logps = parts[0] if len(columns) == 1 else np.stack(parts, axis=1)
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(
             f"{file}: not a file of reference columns ({error}); delete it to compute "
@@ -180,13 +226,13 @@ def read_columns(file: pathlib.Path, wanted: dict[str, str]) -> dict[int, np.nda
 
 
 def _read_together(
-    file: pathlib.Path, wanted: dict[str, str]
+    file: pathlib.Path, wanted: dict[str, str], columns: Sequence[str]
 ) -> dict[int, np.ndarray] | None:
     """The columns if every process has them; None if any lacks them. What is wrong with
     the file of one is an error on all of them."""
     table, problem = None, None
     try:
-        table = read_columns(file, wanted)
+        table = read_columns(file, wanted, columns)
     except FileNotFoundError:
         pass
     except ConfigError as error:
@@ -205,7 +251,7 @@ def _check_finite(file: pathlib.Path, ids: np.ndarray, logps: np.ndarray) -> Non
     if len(bad):
         raise ConfigError(
             f"{file}: the reference gives log-probs that are not finite to "
-            f"{_pairs.name_ids(bad)}; check the model's weights and these rows."
+            f"{_answers.name_ids(bad)}; check the model's weights and these rows."
         )
 
 

@@ -22,6 +22,7 @@ from jaxpost.recipes._samples import with_samples
 from jaxpost.typing import LossFn, Params
 
 SHOWN_TOKENS = 160
+SHOWN_TEXTS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Run:
         loss_fn: LossFn,
         *,
         method_state: Any = None,
+        method_axes: Any = None,
         frozen: Params | None = None,
     ) -> training.TrainState:
         """Runs the loop: evaluation, checkpoints, logs, trackers.
@@ -75,6 +77,8 @@ class Run:
             step: from `training.make_train_step`.
             loss_fn: evaluated on the held-out rows.
             method_state: the method's memory before the first step.
+            method_axes: logical axes of its arrays, such as `{"log_u": ("batch",)}`;
+                None keeps it whole on every device.
             frozen: what else the loss reads, such as `{"reference": ...}`, beside the
                 model's own parameters; shares no array with those that are trained.
 
@@ -82,7 +86,7 @@ class Run:
             The state after the last step.
         """
         section = self.config.train
-        state, placement = self._first_state(method_state, frozen)
+        state, placement = self._first_state(method_state, method_axes, frozen)
         trackers = [
             training.make_tracker(
                 name, self.folder.path, config=to_mapping(self.config)
@@ -151,7 +155,7 @@ class Run:
         return _batches(rows, size, self.layout, **options)
 
     def _first_state(
-        self, method_state: Any, frozen: Params | None
+        self, method_state: Any, method_axes: Any, frozen: Params | None
     ) -> tuple[training.TrainState, Any]:
         """The state before the first step and its shardings (None on one device)."""
         params = self.model.params
@@ -173,6 +177,9 @@ class Run:
             return make(params)._replace(frozen=frozen), None
         shapes = jax.eval_shape(make, params)
         placement = self.layout.state_shardings(shapes, self.model.config)
+        if method_axes is not None:
+            held = self.layout.axes_shardings(method_axes, shapes.method_state)
+            placement = placement._replace(method_state=held)
         # Compiled, so that no moment is ever whole on one device.
         state = jax.jit(make, out_shardings=placement, donate_argnums=0)(params)
         return state._replace(frozen=frozen), placement
@@ -197,10 +204,7 @@ class Run:
             place=self.layout.place_batch,
         )
         constants = self._unigram_loss() | self.examples.bad_rows.metrics()
-        texts = [
-            item.chosen if isinstance(item, data.Pair) else item
-            for item in self.examples.eval
-        ]
+        texts = [_setup.texts_of(item)[0] for item in self.examples.eval]
         return with_samples(
             lambda state: evaluate(state) | constants,
             self.model,
@@ -219,7 +223,7 @@ class Run:
     def _unigram_loss(self) -> dict[str, float]:
         """What the loss would be without context; pairs have no such baseline."""
         train, held_out = self.examples.train, self.examples.eval
-        if isinstance(train[0], data.Pair):
+        if not isinstance(train[0], data.Example):
             return {}
         loss = evaluation.unigram_loss(
             [(e.tokens, e.loss_mask) for e in train],
@@ -234,7 +238,7 @@ def open_run(
     config: Any,
     *,
     resume: bool = False,
-    pairs: bool = False,
+    kind: _setup.RowKind = _setup.TEXTS,
     head: Literal["vocabulary", "score"] = "vocabulary",
 ) -> Iterator[Run]:
     """Opens everything a config names, and writes the head of the run folder.
@@ -242,8 +246,7 @@ def open_run(
     Args:
         config: a recipe's config with the shared sections.
         resume: the run folder may exist and is gone on with.
-        pairs: the rows are preference pairs: `examples` are `data.Pair`s, and rows
-            those of `data.pad_pairs`.
+        kind: what the rows are: single texts, preference pairs, ...
         head: what the model ends in; a score head is made if it has none.
 
     Raises:
@@ -277,8 +280,8 @@ def open_run(
     model = _setup.open_head(
         head, model, jax.random.fold_in(key_model, 2), layout=layout
     )
-    examples = _setup.open_examples(config.data, tokenizer, pairs=pairs)
-    rows = _setup.token_rows(examples.train, config.data, tokenizer)
+    examples = _setup.open_examples(config.data, tokenizer, kind)
+    rows = _setup.token_rows(examples.train, config.data, tokenizer, kind)
     batches = _batches(rows, config.train.batch_size, layout, seed=config.seed)
     total_steps = config.train.steps or max(
         1, math.floor(config.train.epochs * batches.batches_per_epoch)
@@ -292,7 +295,7 @@ def open_run(
         resume=resume,
     )
     with folder:
-        _show(config, tokenizer, examples, rows, model)
+        _show(config, tokenizer, examples, rows, model, kind.name)
         yield Run(
             config=config,
             folder=folder,
@@ -305,7 +308,7 @@ def open_run(
             compute_dtype=None if dtype == jnp.float32 else dtype,
             rows=rows,
             batches=batches,
-            eval_rows=_setup.token_rows(examples.eval, config.data, tokenizer)
+            eval_rows=_setup.token_rows(examples.eval, config.data, tokenizer, kind)
             if examples.eval
             else [],
             total_steps=total_steps,
@@ -348,6 +351,7 @@ def _show(
     examples: _setup.Examples,
     rows: list[data.TokenRow],
     model: models.Model,
+    word: str,
 ) -> None:
     """Says what was opened, with one example as the model will see it."""
     import rich.console
@@ -371,14 +375,13 @@ def _show(
             highlight=False,
         )
     console.print(f"data: {examples.bad_rows.summary()}", highlight=False)
-    word = "example" if texts is examples.train else "pair"
     console.print(
         f"train: {len(examples.train):,} {word}s, {tokens:,} tokens in {len(rows):,} "
         f"rows ({100 * data.packing_efficiency(rows):.0f}% full); "
         f"held out: {len(examples.eval):,} {word}s"
     )
     console.print(f"first {word} (green is trained on):", style="dim")
-    for text in texts[: len(texts) // len(examples.train)]:
+    for text in _setup.texts_of(examples.train[0])[:SHOWN_TEXTS]:
         console.print(data.render_text(text, tokenizer, limit=SHOWN_TOKENS))
     masked = np.mean([text.loss_mask.mean() for text in texts])
     console.print(f"trained on: {100 * masked:.0f}% of a text's tokens on average")

@@ -29,11 +29,31 @@ BUILTIN_TOKENIZER = "builtin:words"
 
 
 @dataclasses.dataclass(frozen=True)
+class RowKind:
+    """What the rows of a recipe are.
+
+    Fields:
+        name: of one of them, for the console.
+        load: as `data.load_pairs`: from a source to items.
+        pad: as `data.pad_pairs`: from items and lengths to rows. None packs or pads
+            single texts, as the config says; else an item has several `texts`.
+    """
+
+    name: str
+    load: Callable[..., list[Any]]
+    pad: Callable[..., list[data.TokenRow]] | None = None
+
+
+TEXTS = RowKind("example", data.load_examples)
+PAIRS = RowKind("pair", data.load_pairs, data.pad_pairs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Examples:
     """Token examples of a run.
 
     Fields:
-        train, eval: examples, or pairs, in the order of their sources.
+        train, eval: examples, pairs, ... in the order of their sources.
         bad_rows: what was skipped, by reason.
         fingerprints: sha256 by source, for `environment.json`.
     """
@@ -45,10 +65,13 @@ class Examples:
 
     @staticmethod
     def texts(items: list[Any]) -> list[data.Example]:
-        """Single texts: the examples, or both answers of each pair, chosen first."""
-        if items and isinstance(items[0], data.Pair):
-            return [text for pair in items for text in (pair.chosen, pair.rejected)]
-        return items
+        """Single texts: the examples, or all answers of each pair, chosen first."""
+        return [text for item in items for text in texts_of(item)]
+
+
+def texts_of(item: Any) -> tuple[data.Example, ...]:
+    """The texts of an item, the one to learn first."""
+    return (item,) if isinstance(item, data.Example) else item.texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +162,12 @@ class Layout:
             models.param_axes(config), self.mesh, self.rules, shapes=shapes
         )
         return parallel.shardings_like(state, shapes, placement)
+
+    def axes_shardings(self, axes: Any, shapes: Any) -> Any:
+        """Shardings of arrays by their logical axes, or None on one device."""
+        if self.mesh is None:
+            return None
+        return parallel.shardings(axes, self.mesh, self.rules, shapes=shapes)
 
 
 def join_processes(section: ProcessesSection) -> None:
@@ -354,28 +383,27 @@ def compute_dtype(section: ModelSection) -> jnp.dtype:
 
 
 def open_examples(
-    section: DataSection, tokenizer: data.Tokenizer, *, pairs: bool = False
+    section: DataSection, tokenizer: data.Tokenizer, kind: RowKind = TEXTS
 ) -> Examples:
     """Reads and tokenises the rows of the config; held-out rows are the last ones.
 
     Raises:
         BadRow: a row cannot be used and `on_bad_row` is `stop`.
         ConfigError: so many rows are held out that none is left; or `loss_on` is set
-            for pairs, of which the answers are scored.
+            for pairs and the like, of which the answers are scored.
     """
     report = data.BadRows(emit=log.warning)
-    load_rows: Callable[..., list[Any]] = data.load_examples
     options = encoding(section)
-    if pairs:
-        load_rows, loss_on = data.load_pairs, options.pop("loss_on")
+    if kind.pad is not None:
+        loss_on = options.pop("loss_on")
         if loss_on != "auto":
             raise ConfigError(
-                f"data.loss_on is {loss_on!r}, but of a pair the two answers are "
+                f"data.loss_on is {loss_on!r}, but of a {kind.name} the answers are "
                 "scored; leave it out."
             )
 
     def load(of_eval: bool) -> list[Any]:
-        return load_rows(
+        return kind.load(
             tokenizer=tokenizer,
             report=report,
             **reading(section, of_eval=of_eval),
@@ -403,17 +431,18 @@ def open_examples(
 
 
 def token_rows(
-    examples: list[Any], section: DataSection, tokenizer: data.Tokenizer
+    examples: list[Any],
+    section: DataSection,
+    tokenizer: data.Tokenizer,
+    kind: RowKind = TEXTS,
 ) -> list[data.TokenRow]:
     """Packed rows, or padded ones in a few lengths (each is one compiled program).
 
-    Pairs are padded: both answers in one row, `[2, T]`.
+    Pairs and the like are padded: all answers in one row, `[2, T]`.
     """
     lengths = {section.max_length, section.max_length // 2, section.max_length // 4}
-    if examples and isinstance(examples[0], data.Pair):
-        return data.pad_pairs(
-            examples, sorted(lengths - {0, 1}), pad_id=tokenizer.pad_id
-        )
+    if kind.pad is not None:
+        return kind.pad(examples, sorted(lengths - {0, 1}), pad_id=tokenizer.pad_id)
     if section.packing:
         return data.pack(examples, section.max_length, pad_id=tokenizer.pad_id)
     return data.pad(examples, sorted(lengths - {0}), pad_id=tokenizer.pad_id)
@@ -443,7 +472,9 @@ def encoding(section: DataSection) -> dict[str, Any]:
 
 def _texts(row: data.Row) -> Iterator[str]:
     names = ("text", "messages", "prompt", "completion", "chosen", "rejected")
-    for value in map(row.columns.get, names):
+    values = [row.columns.get(name) for name in names]
+    negatives = row.columns.get("negatives")
+    for value in [*values, *(negatives if isinstance(negatives, list) else ())]:
         if isinstance(value, str):
             yield value
         else:

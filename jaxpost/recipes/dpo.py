@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import data, losses, models, ops, training
-from jaxpost.recipes import _export, _pair_report, _pairs, _reference, _run
+from jaxpost.recipes import (
+    _answers,
+    _export,
+    _pair_report,
+    _pairs,
+    _reference,
+    _run,
+    _setup,
+)
 from jaxpost.recipes._reference import ReferenceName
 from jaxpost.recipes._sections import (
     DataSection,
@@ -93,8 +101,8 @@ def dpo_scores(
     target_margin: float = 0.0,
     reference: ReferenceName = "live",
     dtype: jnp.dtype | None = None,
-    token_logps: _pairs.TokenLogps = ops.linear_token_logps,
-) -> _pairs.ScoreFn:
+    token_logps: _answers.TokenLogps = ops.linear_token_logps,
+) -> _answers.ScoreFn:
     """What DPO knows of each pair: a function of parameters and a batch.
 
     Args:
@@ -114,22 +122,23 @@ def dpo_scores(
     def logps_of(model: models.Model, params: Params, batch: Batch):
         if dtype is not None:
             params = models.cast_params(params, dtype)
-        return _pairs.pair_logps(model, params, batch, token_logps=token_logps)
+        return _answers.answer_logps(model, params, batch, token_logps=token_logps)
 
     def reference_logps(params: Params, batch: Batch) -> jax.Array | None:
-        if reference == "live":
-            found = logps_of(model, params["reference"], batch).logps
-        elif reference == "lora_base":
-            base = models.without_lora(model)
-            found = logps_of(base, models.split_lora(params)[1], batch).logps
-        elif reference == "precomputed":
-            found = jnp.stack([batch[name] for name in _reference.COLUMNS], axis=1)
-        else:
+        if reference == "none":
             return None
-        return jax.lax.stop_gradient(found)
+        if reference == "precomputed":
+            columns = [batch[name] for name in _reference.COLUMNS]
+            return jax.lax.stop_gradient(jnp.stack(columns, axis=1))
+        return _reference.under_reference(
+            reference,
+            model,
+            params,
+            lambda model, params: logps_of(model, params, batch).logps,
+        )
 
     def score(params: Params, batch: Batch) -> Mapping[str, jax.Array]:
-        policy = {name: value for name, value in params.items() if name != "reference"}
+        policy = _reference.policy_params(params)
         logps, lengths = logps_of(model, policy, batch)
         ref = reference_logps(params, batch)
         sides = (data.CHOSEN, data.REJECTED)
@@ -152,7 +161,7 @@ def dpo_scores(
     return score
 
 
-def dpo_loss(score: _pairs.ScoreFn, config: losses.PairwiseConfig) -> LossFn:
+def dpo_loss(score: _answers.ScoreFn, config: losses.PairwiseConfig) -> LossFn:
     """The loss function of DPO, for `training.make_train_step`.
 
     Args:
@@ -169,7 +178,7 @@ def dpo_loss(score: _pairs.ScoreFn, config: losses.PairwiseConfig) -> LossFn:
         params: Params, method_state: None, batch: Batch, key: jax.Array
     ) -> LossOutput:
         del key  # nothing is drawn
-        scores, real = score(params, batch), _pairs.real_pairs(batch)
+        scores, real = score(params, batch), _answers.real_rows(batch)
         values, extras = _pairs.pairwise_values(pairwise, scores["margins"], real)
         count = jnp.sum(real, dtype=jnp.float32)
         totals = jnp.sum(scores["logps"], axis=0)
@@ -197,10 +206,10 @@ def run(config: DPOConfig, *, resume: bool = False) -> training.TrainState:
     Returns:
         The last state.
     """
-    with _run.open_run(config, resume=resume, pairs=True) as run:
+    with _run.open_run(config, resume=resume, kind=_setup.PAIRS) as run:
         name = _reference.resolve(config.reference, lora=config.lora.rank > 0)
 
-        def scores(reference: ReferenceName) -> _pairs.ScoreFn:
+        def scores(reference: ReferenceName) -> _answers.ScoreFn:
             return dpo_scores(
                 run.model.with_lookup(run.layout.lookup),
                 beta=config.beta,
@@ -224,7 +233,7 @@ def run(config: DPOConfig, *, resume: bool = False) -> training.TrainState:
             accumulate=config.train.accumulate,
             ema_decay=config.train.ema_decay,
         )
-        with _pairs.naming_pairs(run, score):
+        with _answers.naming_rows(run, score, "margins", "Margins"):
             state = run.train(step, loss_fn, frozen=frozen)
         _pair_report.write(run, state, score, config.loss)
         if config.export.enabled:

@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import data, losses, models, ops, training
-from jaxpost.recipes import _export, _pair_report, _pairs, _run
+from jaxpost.recipes import (
+    _answers,
+    _export,
+    _pair_report,
+    _pairs,
+    _run,
+    _setup,
+)
 from jaxpost.recipes._sections import (
     DataSection,
     ExportSection,
@@ -74,7 +81,7 @@ class RewardConfig:
 
 def reward_scores(
     model: models.Model, *, pad_id: int, dtype: jnp.dtype | None = None
-) -> _pairs.ScoreFn:
+) -> _answers.ScoreFn:
     """The score of both answers of each pair, in one forward pass.
 
     It is read at the last token that is neither padding nor `pad_id`, as transformers
@@ -93,7 +100,7 @@ def reward_scores(
 
     def score(params: Params, batch: Batch) -> Mapping[str, jax.Array]:
         cast = params if dtype is None else models.cast_params(params, dtype)
-        flat = _pairs.flatten(batch)
+        flat = _answers.flatten(batch)
         hidden = model.apply(
             cast, flat["tokens"], flat["positions"], flat["segment_ids"]
         ).hidden
@@ -106,7 +113,7 @@ def reward_scores(
 
 
 def reward_loss(
-    score: _pairs.ScoreFn, config: losses.PairwiseConfig, *, centering: float = 0.0
+    score: _answers.ScoreFn, config: losses.PairwiseConfig, *, centering: float = 0.0
 ) -> LossFn:
     """The loss function of a reward model, for `training.make_train_step`.
 
@@ -125,7 +132,7 @@ def reward_loss(
         params: Params, method_state: None, batch: Batch, key: jax.Array
     ) -> LossOutput:
         del key  # nothing is drawn
-        scores, real = score(params, batch), _pairs.real_pairs(batch)
+        scores, real = score(params, batch), _answers.real_rows(batch)
         rewards, margins = scores["rewards"], scores["margins"]
         values, extras = _pairs.pairwise_values(pairwise, margins, real)
         count = jnp.sum(real, dtype=jnp.float32)
@@ -158,7 +165,7 @@ def run(config: RewardConfig, *, resume: bool = False) -> training.TrainState:
     Returns:
         The last state.
     """
-    with _run.open_run(config, resume=resume, pairs=True, head="score") as run:
+    with _run.open_run(config, resume=resume, kind=_setup.PAIRS, head="score") as run:
         score = reward_scores(
             run.model.with_lookup(run.layout.lookup),
             pad_id=run.tokenizer.pad_id,
@@ -171,7 +178,7 @@ def run(config: RewardConfig, *, resume: bool = False) -> training.TrainState:
             accumulate=config.train.accumulate,
             ema_decay=config.train.ema_decay,
         )
-        with _pairs.naming_pairs(run, score):
+        with _answers.naming_rows(run, score, "margins", "Margins"):
             state = run.train(step, loss_fn)
         _pair_report.write(run, state, score, config.loss)
         if config.export.enabled:
