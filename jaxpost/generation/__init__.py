@@ -5,6 +5,8 @@ from jaxpost.generation._decode import trace_counts
 from jaxpost.generation._files import write_completions
 from jaxpost.generation._generate import Rollout, bucket_length, generate
 from jaxpost.generation._processors import Processor, ProcessorState
+from jaxpost.generation._server import Finished, StreamStats
+from jaxpost.generation._stream import Stream, as_rollout, generate_stream
 from jaxpost.generation._text import (
     Completion,
     Progress,
@@ -15,15 +17,20 @@ from jaxpost.generation._text import (
 
 __all__ = [
     "Completion",
+    "Finished",
     "Processor",
     "ProcessorState",
     "Progress",
     "Rollout",
     "SamplingConfig",
+    "Stream",
+    "StreamStats",
     "TextResult",
     "TextStats",
+    "as_rollout",
     "bucket_length",
     "generate",
+    "generate_stream",
     "generate_text",
     "trace_counts",
     "write_completions",

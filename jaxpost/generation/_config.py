@@ -42,9 +42,9 @@ class SamplingConfig:
     cache_dtype: Any = None
 
     def __post_init__(self) -> None:
-        _check_count("max_new_tokens", self.max_new_tokens)
+        check_count("max_new_tokens", self.max_new_tokens)
         if self.top_k is not None:
-            _check_count("top_k", self.top_k)
+            check_count("top_k", self.top_k)
         # Below this, float32 logits divided by it overflow.
         usable = self.temperature == 0.0 or self.temperature >= 1e-6
         if not (math.isfinite(self.temperature) and usable):
@@ -67,7 +67,8 @@ class SamplingConfig:
                 raise ValueError(f"cache_dtype must be floating, got {dtype}.")
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Raises a ValueError unless the value is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
 

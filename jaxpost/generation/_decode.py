@@ -17,7 +17,10 @@ from jaxpost.generation._processors import Processor, ProcessorState, run_proces
 from jaxpost.generation._sampling import sample
 from jaxpost.typing import Cache, DecodeFns, Params
 
-_TRACES: collections.Counter[str] = collections.Counter()
+PROGRAMS = ("prefill", "decode", "admit", "serve", "collect")
+"""Of `generate` the first two, of `generate_stream` the others."""
+
+TRACES: collections.Counter[str] = collections.Counter()
 
 
 def trace_counts() -> dict[str, int]:
@@ -25,7 +28,7 @@ def trace_counts() -> dict[str, int]:
 
     A call whose numbers do not rise compiled nothing.
     """
-    return {"prefill": _TRACES["prefill"], "decode": _TRACES["decode"]}
+    return {name: TRACES[name] for name in PROGRAMS}
 
 
 class _Three(NamedTuple):
@@ -124,7 +127,7 @@ def prefill(
         room: columns `N` for new tokens.
         cache_dtype: of the cache; None takes that of the head.
     """
-    _TRACES["prefill"] += 1
+    TRACES["prefill"] += 1
     fns = functions.restore()
     batch, width = prompts.shape
     if cache_dtype is None:
@@ -168,15 +171,11 @@ def decode(
     processors: tuple[Processor, ...],
 ) -> DecodeState:
     """Decode until column `until` is reached or no row is left to decode."""
-    _TRACES["decode"] += 1
+    TRACES["decode"] += 1
     fns = functions.restore()
     head = fns.unembed(params)
-    room = state.tokens.shape[1]
     # All at once, because a hash per step costs more in launches than in arithmetic.
-    # Two numbers per step from the key of that step: no dependence on `room`.
-    uniforms = jax.vmap(_step_uniforms, in_axes=(None, 0))(
-        state.keys, jnp.arange(room, dtype=jnp.int32)
-    )
+    uniforms = step_uniforms(state.keys, state.tokens.shape[1])
 
     def running(state: DecodeState) -> jax.Array:
         return (state.step < until) & ~jnp.all(state.idle)
@@ -225,22 +224,33 @@ def decode(
     return jax.lax.while_loop(running, advance, state)
 
 
-def _step_keys(keys: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys of this step for the draw and for the processors, `[B]` each."""
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+def step_keys(keys: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys for the draw and for the processors, `[B]` each, of steps `[B]`."""
+    keys = jax.vmap(jax.random.fold_in)(keys, steps)
     pairs = jax.vmap(jax.random.split)(keys)
     return pairs[:, 0], pairs[:, 1]
 
 
-def _step_uniforms(keys: jax.Array, step: jax.Array) -> jax.Array:
-    key_draw, _ = _step_keys(keys, step)
-    return jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(key_draw)
+def step_uniforms(keys: jax.Array, count: int) -> jax.Array:
+    """Numbers in [0, 1) that draw the first `count` tokens, float32 `[count, B, 2]`.
+
+    Those of a step do not depend on `count`.
+    """
+
+    def of_step(step: jax.Array) -> jax.Array:
+        key_draw, _ = step_keys(keys, jnp.broadcast_to(step, keys.shape[:1]))
+        return jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(
+            key_draw
+        )
+
+    return jax.vmap(of_step)(jnp.arange(count, dtype=jnp.int32))
 
 
 def _process(
     raw: jax.Array, state: DecodeState, processors: tuple[Processor, ...]
 ) -> jax.Array:
-    _, key_process = _step_keys(state.keys, state.step)
+    batch = state.prompt_lengths.shape
+    _, key_process = step_keys(state.keys, jnp.broadcast_to(state.step, batch))
     position = state.prompt_lengths + state.step
     known = ProcessorState(state.context, position, key_process)
     return run_processors(processors, raw, known)

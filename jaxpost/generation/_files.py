@@ -1,9 +1,10 @@
-"""Answers as JSON lines: one per prompt, appended as they come, resumable."""
+"""Answers as JSON lines: one per prompt, in the order of the prompts, resumable."""
 
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +17,10 @@ from jaxpost.generation._text import (
     Encode,
     Progress,
     TextStats,
-    generate_text,
+    add_answer,
+    stream_text,
 )
 from jaxpost.typing import DecodeFns, Params
-
-WINDOW_BATCHES = 8
-"""Batches whose prompts are sorted by length together."""
 
 
 def write_completions(
@@ -44,7 +43,11 @@ def write_completions(
     Rows whose id the file already has are skipped, and a last line without an end (the
     process was killed while writing) is removed and answered again. The sequence id of
     a row is its place among all rows, so a resumed file has the answers that an
-    uninterrupted one would have. Lines come in no particular order.
+    uninterrupted one would have.
+
+    Lines come in the order of the rows: an answer waits for those of the rows before
+    it, so killing the process costs those that finished while the oldest one was still
+    being decoded.
 
     A line is the row's own columns with `id`, `prompt`, `completion`, `finish_reason`,
     `prompt_tokens` and `completion_tokens` (counts), and `completion_logp` (sum, nats).
@@ -55,7 +58,7 @@ def write_completions(
             place; the other columns are copied and must be JSON.
         fns, params, encode, decode, config, key, stop_strings, batch_size, processors:
             as in `generate_text`.
-        progress: called after each batch; skipped rows count as done.
+        progress: called after each answer; skipped rows count as done.
 
     Returns:
         Sums over the rows answered now, with `total` and `done` over all rows.
@@ -70,39 +73,34 @@ def write_completions(
     done = _done_ids(path)
     todo = [(n, row) for n, row in enumerate(numbered) if row["id"] not in done]
     stats = TextStats(len(numbered) - len(todo), len(numbered), 0, 0, 0, 0.0)
-    for part in _similar_batches(todo, batch_size):
-        result = generate_text(
-            fns,
-            params,
-            encode,
-            decode,
-            [row["prompt"] for _, row in part],
-            config=config,
-            key=key,
-            stop_strings=stop_strings,
-            batch_size=batch_size,
-            processors=processors,
-            sequence_ids=[number for number, _ in part],
-        )
-        with path.open("a", encoding="utf-8") as file:
-            for (_, row), answer in zip(part, result.completions, strict=True):
-                file.write(_line(row, answer))
-        stats = _sum(stats, result.stats)
-        if progress is not None:
-            progress(stats)
+    began = time.perf_counter()
+    answers = stream_text(
+        fns,
+        params,
+        encode,
+        decode,
+        [row["prompt"] for _, row in todo],
+        config=config,
+        key=key,
+        stop_strings=stop_strings,
+        batch_size=batch_size,
+        check_every=16,
+        processors=processors,
+        sequence_ids=[number for number, _ in todo],
+    )
+    held: dict[int, Completion] = {}
+    written = 0
+    with path.open("a", encoding="utf-8") as file:
+        for index, answer in answers:
+            held[index] = answer
+            while written in held:
+                file.write(_line(todo[written][1], held.pop(written)))
+                written += 1
+            file.flush()
+            stats = add_answer(stats, answer, time.perf_counter() - began)
+            if progress is not None:
+                progress(stats)
     return stats
-
-
-def _similar_batches(
-    todo: list[tuple[int, dict[str, Any]]], batch_size: int
-) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-    """Batches of prompts of similar length, roughly in the order of the rows."""
-    window = batch_size * WINDOW_BATCHES
-    for begin in range(0, len(todo), window):
-        part = todo[begin : begin + window]
-        part.sort(key=lambda item: -len(item[1]["prompt"]))
-        for first in range(0, len(part), batch_size):
-            yield part[first : first + batch_size]
 
 
 def _line(row: Mapping[str, Any], answer: Completion) -> str:
@@ -115,17 +113,6 @@ def _line(row: Mapping[str, Any], answer: Completion) -> str:
         "completion_logp": sum(answer.logps),
     }
     return json.dumps(columns, ensure_ascii=False) + "\n"
-
-
-def _sum(before: TextStats, now: TextStats) -> TextStats:
-    return TextStats(
-        done=before.done + now.done,
-        total=before.total,
-        prompt_tokens=before.prompt_tokens + now.prompt_tokens,
-        new_tokens=before.new_tokens + now.new_tokens,
-        finished=before.finished + now.finished,
-        seconds=before.seconds + now.seconds,
-    )
 
 
 def _with_ids(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

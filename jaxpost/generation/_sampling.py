@@ -10,11 +10,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpost.generation._config import SamplerPlan, SamplerValues
 
 BLOCK = 128
 """Vocabulary entries per block of the two-level draw."""
+
+NEAR = 1e-5
+"""How close a draw is to another one that rounding might turn it into, at most."""
 
 
 class Draw(NamedTuple):
@@ -25,12 +29,16 @@ class Draw(NamedTuple):
         logps: log-probability under raw / temperature, float32, nats.
         sampling_logps: under the distribution drawn from, float32, nats.
         entropies: of raw / temperature, float32, nats.
+        near: the draw is within `NEAR` of another token, bool: a cumulative sum of its
+            level, the border of a filter (both as fractions of the mass), or a second
+            largest logit if greedy.
     """
 
     tokens: jax.Array
     logps: jax.Array
     sampling_logps: jax.Array
     entropies: jax.Array
+    near: jax.Array
 
 
 def sample(
@@ -77,20 +85,25 @@ def sample(
     if plan.greedy:
         tokens = _first_maximum(processed)
         sampling_logps = jnp.zeros_like(total)
+        near = _count(shifted >= -NEAR * inverse) > 1
     elif plan.top_k is not None:
-        tokens, sampling_logps = _draw_top_k(shifted, uniforms[:, 0], plan, values)
+        tokens, sampling_logps, near = _draw_top_k(
+            shifted, uniforms[:, 0], plan, values
+        )
     else:
         filtered = plan.use_top_p or plan.use_min_p
+        border = jnp.zeros(total.shape, jnp.bool_)
         if not same or filtered:
             weights = jnp.exp(shifted)
             if filtered:
-                weights = _keep_likely(weights, plan, values)
+                weights, border = _keep_likely(weights, plan, values)
             blocks = _block_sums(weights)
-        tokens = _draw_blocked(weights, blocks, uniforms)
+        tokens, near = _draw_blocked(weights, blocks, uniforms)
+        near |= border
         chosen = _pick(shifted, tokens)
         sampling_logps = chosen - jnp.log(jnp.sum(blocks, axis=-1))
     logps = _pick(raw_shifted, tokens) - log_total
-    return Draw(tokens, logps, sampling_logps, entropies)
+    return Draw(tokens, logps, sampling_logps, entropies, near)
 
 
 def draw_index(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
@@ -109,6 +122,20 @@ def draw_index(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
     # Rounding may leave the target just above the last sum.
     last = jnp.max(jnp.where(positive, index, 0), axis=-1)
     return jnp.minimum(first, last)
+
+
+def is_near(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
+    """Whether `draw_index` is within `NEAR` of another index, `[B, n] -> [B]` bool."""
+    n = weights.shape[-1]
+    cumulative = weights @ jnp.triu(jnp.ones((n, n), weights.dtype))
+    total = cumulative[:, -1:]
+    return jnp.any(
+        jnp.abs(cumulative - uniforms[:, None] * total) < NEAR * total, axis=-1
+    )
+
+
+def _count(condition: jax.Array) -> jax.Array:
+    return jnp.sum(condition, axis=-1, dtype=jnp.int32)
 
 
 def _weighted_sums(weights: jax.Array, values: jax.Array) -> jax.Array:
@@ -140,33 +167,43 @@ def _block_sums(weights: jax.Array) -> jax.Array:
 
 def _draw_blocked(
     weights: jax.Array, blocks: jax.Array, uniforms: jax.Array
-) -> jax.Array:
-    """Token by two-level inverse CDF, int32 `[B]`."""
+) -> tuple[jax.Array, jax.Array]:
+    """Token by two-level inverse CDF, int32 `[B]`; and whether it is near another."""
     vocab = weights.shape[-1]
     block = draw_index(blocks, uniforms[:, 0])
     columns = block[:, None] * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)[None]
     inside = jnp.take_along_axis(weights, jnp.minimum(columns, vocab - 1), axis=-1)
     inside = jnp.where(columns < vocab, inside, 0.0)
-    return block * BLOCK + draw_index(inside, uniforms[:, 1])
+    near = is_near(blocks, uniforms[:, 0]) | is_near(inside, uniforms[:, 1])
+    return block * BLOCK + draw_index(inside, uniforms[:, 1]), near
 
 
 def _draw_top_k(
     shifted: jax.Array, uniforms: jax.Array, plan: SamplerPlan, values: SamplerValues
-) -> tuple[jax.Array, jax.Array]:
-    """Token among the k likeliest, and its log-probability among those kept."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Token among the k likeliest, log-probability among those kept, `Draw.near`."""
     assert plan.top_k is not None
     top, ids = top_k(shifted, plan.top_k)  # [B, k], descending
+    near = _count(shifted >= top[:, -1:] - NEAR) > plan.top_k
     weights = jnp.exp(top)
     if plan.use_top_p:
         n = plan.top_k
         before = weights @ jnp.triu(jnp.ones((n, n), weights.dtype), k=1)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        weights = jnp.where(before < values.top_p * total, weights, 0.0)
+        wanted = values.top_p * total
+        near |= jnp.any(jnp.abs(before - wanted) < NEAR * total, axis=-1)
+        weights = jnp.where(before < wanted, weights, 0.0)
     if plan.use_min_p:
+        near |= _touches(weights, values.min_p)
         weights = jnp.where(weights >= values.min_p, weights, 0.0)
     index = draw_index(weights, uniforms)
     sampling_logps = _pick(top, index) - jnp.log(jnp.sum(weights, axis=-1))
-    return _pick(ids, index), sampling_logps
+    return _pick(ids, index), sampling_logps, near | is_near(weights, uniforms)
+
+
+def _touches(weights: jax.Array, border: jax.Array | np.ndarray) -> jax.Array:
+    """Whether a weight is as good as equal to `border`, `[B, n] -> [B]` bool."""
+    return jnp.any(jnp.abs(weights - border) <= NEAR * border, axis=-1)
 
 
 def top_k(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -194,14 +231,28 @@ def top_k(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 def _keep_likely(
     weights: jax.Array, plan: SamplerPlan, values: SamplerValues
-) -> jax.Array:
-    """Weights with the unlikely ones set to 0; the largest weight is 1."""
+) -> tuple[jax.Array, jax.Array]:
+    """Weights with the unlikely ones set to 0; and whether one is near the border.
+
+    The largest weight is 1.
+    """
+    near = jnp.zeros((weights.shape[0],), jnp.bool_)
     threshold = jnp.zeros((weights.shape[0],), weights.dtype)
     if plan.use_top_p:
         threshold = top_p_threshold(weights, values.top_p)
+        cut = threshold[:, None]
+        total = jnp.sum(weights, axis=-1)
+        wanted = values.top_p * total
+        mass = jnp.sum(jnp.where(weights >= cut, weights, 0.0), axis=-1)
+        above = jnp.sum(jnp.where(weights > cut, weights, 0.0), axis=-1)
+        # The last token kept could do without, or not suffice; or another one, as good
+        # as equal, take its place.
+        near = jnp.minimum(mass - wanted, wanted - above) < NEAR * total
+        near |= _touches(jnp.where(weights == cut, 0.0, weights), cut)
     if plan.use_min_p:
+        near |= _touches(weights, values.min_p)
         threshold = jnp.maximum(threshold, values.min_p)
-    return jnp.where(weights >= threshold[:, None], weights, 0.0)
+    return jnp.where(weights >= threshold[:, None], weights, 0.0), near
 
 
 def top_p_threshold(weights: jax.Array, top_p: jax.typing.ArrayLike) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Text in, text out: batches by length, stop strings, progress.
+"""Text in, text out: stop strings, progress.
 
 Knows no tokenizer: it takes the functions `encode` and `decode`.
 """
@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxpost.generation._config import SamplingConfig
-from jaxpost.generation._generate import Rollout, start
+from jaxpost.generation._generate import bucket_length
 from jaxpost.generation._processors import Processor
+from jaxpost.generation._stream import Finished, generate_stream
 from jaxpost.typing import DecodeFns, Params
 
 Prompt = TypeVar("Prompt")
@@ -92,7 +92,7 @@ def generate_text(
     sequence_ids: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> TextResult:
-    """Answer prompts, longest first, in batches of similar length.
+    """Answer prompts, `batch_size` at a time: see `generate_stream`.
 
     Stop strings are looked for in the decoded text, since one string has many
     tokenisations: decoding pauses every `check_every` tokens, and an answer that
@@ -106,13 +106,13 @@ def generate_text(
         config: how to sample; `max_new_tokens` counts before the cut.
         key: PRNG key; see `generate`.
         stop_strings: texts that end an answer; they are not part of `Completion.text`.
-        batch_size: most prompts at a time.
+        batch_size: most answers decoded at a time.
         check_every: tokens between two looks for stop strings; a look costs a pause
             of the device.
         processors: see `generate`.
         sequence_ids: one per prompt, default `0, 1, ...`; an answer depends on its id,
             not on the other prompts.
-        progress: called after each batch with the sums so far.
+        progress: called after each answer with the sums so far.
 
     Returns:
         Completions in the order of `prompts`, and statistics.
@@ -121,6 +121,46 @@ def generate_text(
         ValueError: a prompt encodes to nothing, an empty stop string, or what
             `generate` refuses.
     """
+    stats = TextStats(0, len(prompts), 0, 0, 0, 0.0)
+    completions: list[Completion | None] = [None] * len(prompts)
+    began = time.perf_counter()
+    for index, completion in stream_text(
+        fns,
+        params,
+        encode,
+        decode,
+        prompts,
+        config=config,
+        key=key,
+        stop_strings=stop_strings,
+        batch_size=batch_size,
+        check_every=check_every,
+        processors=processors,
+        sequence_ids=sequence_ids,
+    ):
+        completions[index] = completion
+        stats = add_answer(stats, completion, time.perf_counter() - began)
+        if progress is not None:
+            progress(stats)
+    return TextResult([c for c in completions if c is not None], stats)
+
+
+def stream_text(
+    fns: DecodeFns,
+    params: Params,
+    encode: Callable[[Prompt], Sequence[int]],
+    decode: Decode,
+    prompts: Sequence[Prompt],
+    *,
+    config: SamplingConfig,
+    key: jax.Array,
+    stop_strings: Sequence[str],
+    batch_size: int,
+    check_every: int,
+    processors: Sequence[Processor],
+    sequence_ids: Sequence[int] | None,
+) -> Iterator[tuple[int, Completion]]:
+    """Which prompt, and its answer, as they finish; arguments as in `generate_text`."""
     if batch_size < 1 or check_every < 1:
         raise ValueError(
             "batch_size and check_every must be at least 1, got "
@@ -143,134 +183,50 @@ def generate_text(
                 f"prompt {number} ({prompts[number]!r}) encodes to no tokens: let "
                 "encode put the tokenizer's BOS in front."
             )
-    stats = TextStats(0, len(prompts), 0, 0, 0, 0.0)
-    completions: list[Completion | None] = [None] * len(prompts)
-    began = time.perf_counter()
-    for chosen in _batches_by_length(encoded, batch_size):
-        batch = _answer_batch(
-            fns,
-            params,
-            decode,
-            [encoded[i] for i in chosen],
-            [sequence_ids[i] for i in chosen],
-            config=config,
-            key=key,
-            stop_strings=tuple(stop_strings),
-            check_every=check_every,
-            processors=processors,
-        )
-        for index, completion in zip(chosen, batch, strict=True):
-            completions[index] = completion
-        stats = _add(stats, batch, time.perf_counter() - began)
-        if progress is not None:
-            progress(stats)
-    return TextResult([c for c in completions if c is not None], stats)
+    stops, stop_ids = tuple(stop_strings), frozenset(config.stop_ids)
+
+    def stop(ids: list[int]) -> int | None:
+        return _first_stop(ids[:-1] if ids[-1] in stop_ids else ids, decode, stops)
+
+    answers = generate_stream(
+        fns,
+        params,
+        encoded,
+        config=config,
+        slots=min(batch_size, bucket_length(len(prompts), minimum=1)),
+        processors=processors,
+        key=key,
+        sequence_ids=np.asarray(sequence_ids, np.uint32),
+        stop=stop if stops else None,
+        refill_every=check_every,
+    )
+    for answer in answers:
+        prompt_tokens = len(encoded[answer.prompt])
+        yield answer.prompt, _completion(answer, prompt_tokens, decode, stops)
 
 
-def _batches_by_length(
-    encoded: Sequence[Sequence[int]], batch_size: int
-) -> Iterator[list[int]]:
-    """Indices in batches; longest first, so that memory runs out early if at all."""
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    for begin in range(0, len(order), batch_size):
-        yield order[begin : begin + batch_size]
-
-
-def _add(stats: TextStats, batch: Sequence[Completion], seconds: float) -> TextStats:
+def add_answer(stats: TextStats, answer: Completion, seconds: float) -> TextStats:
+    """The sums with one more answer; `seconds` in all."""
     return TextStats(
-        done=stats.done + len(batch),
+        done=stats.done + 1,
         total=stats.total,
-        prompt_tokens=stats.prompt_tokens + sum(c.prompt_tokens for c in batch),
-        new_tokens=stats.new_tokens + sum(len(c.tokens) for c in batch),
-        finished=stats.finished + sum(c.finish_reason != "length" for c in batch),
+        prompt_tokens=stats.prompt_tokens + answer.prompt_tokens,
+        new_tokens=stats.new_tokens + len(answer.tokens),
+        finished=stats.finished + (answer.finish_reason != "length"),
         seconds=seconds,
     )
 
 
-def _answer_batch(
-    fns: DecodeFns,
-    params: Params,
-    decode: Decode,
-    prompts: list[list[int]],
-    sequence_ids: list[int],
-    *,
-    config: SamplingConfig,
-    key: jax.Array,
-    stop_strings: tuple[str, ...],
-    check_every: int,
-    processors: Sequence[Processor],
-) -> list[Completion]:
-    """Answers of one batch, in its order."""
-    width = max(len(ids) for ids in prompts)
-    tokens = np.zeros((len(prompts), width), np.int32)
-    mask = np.zeros(tokens.shape, np.bool_)
-    for row, ids in enumerate(prompts):
-        tokens[row, : len(ids)] = ids
-        mask[row, : len(ids)] = True
-    session = start(
-        fns,
-        params,
-        tokens,
-        mask,
-        config=config,
-        processors=processors,
-        key=key,
-        sequence_ids=np.asarray(sequence_ids),
-    )
-    room = config.max_new_tokens
-    # Per row, the length of the answer that completes a stop string, once it has one.
-    cuts: dict[int, int] = {}
-    strip = frozenset(config.stop_ids)
-    for until in range(check_every if stop_strings else room, room, check_every):
-        session = session.advance(until)
-        lengths = np.asarray(session.state.lengths)
-        written = np.asarray(session.state.tokens)
-        idle = np.array(session.state.idle)
-        for row in np.flatnonzero(~idle[: len(prompts)]).tolist():
-            ids = written[row, : lengths[row]].tolist()
-            if (cut := _first_stop(ids, decode, stop_strings)) is not None:
-                cuts[row], idle[row] = cut, True
-        if idle.all():
-            break
-        state = session.state._replace(idle=jnp.asarray(idle))
-        session = session._replace(state=state)
-    else:
-        session = session.advance(room)
-    rollout = jax.device_get(session.rollout(len(prompts), room))
-    return [
-        _finish(
-            rollout, row, len(prompts[row]), cuts.get(row), decode, stop_strings, strip
-        )
-        for row in range(len(prompts))
-    ]
-
-
-def _finish(
-    rollout: Rollout,
-    row: int,
-    prompt_tokens: int,
-    cut: int | None,
-    decode: Decode,
-    stop_strings: tuple[str, ...],
-    stop_ids: frozenset[int],
+def _completion(
+    answer: Finished, prompt_tokens: int, decode: Decode, stop_strings: tuple[str, ...]
 ) -> Completion:
-    """The completion of one row, cut at its stop token or stop string."""
-    length = int(rollout.lengths[row])
-    ids = rollout.tokens[row, :length].tolist()
-    ended = bool(rollout.finished[row])
-    body = ids[:-1] if ended and ids[-1] in stop_ids else ids
-    if cut is None and stop_strings:
-        cut = _first_stop(body, decode, stop_strings)
-    text = decode(body)
-    reason = "stop" if ended else "length"
-    if cut is not None:
-        ids, reason = ids[:cut], "stop_string"
-        text = decode(ids)
-        text = text[: _find_first(text, stop_strings)]
-    logps, sampling_logps = (
-        values[row, : len(ids)].tolist()
-        for values in (rollout.logps, rollout.sampling_logps)
-    )
+    """The text without its stop token or stop string."""
+    ids = answer.tokens.tolist()
+    text = decode(ids[:-1] if answer.finish_reason == "stop" else ids)
+    reason = answer.finish_reason
+    if reason == "cut":
+        text, reason = text[: _find_first(text, stop_strings)], "stop_string"
+    logps, sampling_logps = answer.logps.tolist(), answer.sampling_logps.tolist()
     return Completion(text, ids, logps, sampling_logps, reason, prompt_tokens)
 
 

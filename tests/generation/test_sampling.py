@@ -104,6 +104,63 @@ def test_index_of_zero_weight_is_never_drawn(uniform):
         np.testing.assert_array_equal(index, (weights > 0).argmax(axis=1))
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_k": 8}], ids=str)
+def test_near_is_where_a_small_step_draws_another_token(settings):
+    logits = np.random.default_rng(2).normal(size=12).astype(np.float32)
+    uniforms = np.random.default_rng(3).uniform(size=(20_000, 2)).astype(np.float32)
+    # A tenth of them close to a border of the distribution, in steps of 1e-6.
+    probs = np.sort(oracle.filtered(logits, **settings))
+    if not settings:
+        probs = oracle.softmax(logits)
+    borders = np.cumsum(probs[::-1] if settings else probs)[:4]
+    offsets = np.arange(-250, 250) * 1e-6
+    # A vocabulary of one block draws by the second number, top-k by the first.
+    column = 0 if settings else 1
+    uniforms[:2000, column] = (borders[:, None] + offsets[None]).ravel()
+    rows = np.broadcast_to(logits, (len(uniforms), 12))
+    drawn = draw(rows, uniforms, **settings)
+
+    def shifted(step):
+        moved = uniforms.copy()
+        moved[:, column] += step
+        return draw(rows, np.clip(moved, 0, 1 - 1e-7), **settings).tokens
+
+    # The band's own edge is a matter of rounding.
+    surely = shifted(-0.9e-5) != shifted(0.9e-5)
+    maybe = shifted(-1.1e-5) != shifted(1.1e-5)
+    inside = (uniforms > 2e-5).all(axis=1) & (uniforms < 1 - 2e-5).all(axis=1)
+    assert surely.sum() >= 4 * 16
+    assert drawn.near[surely & inside].all()
+    assert not drawn.near[~maybe & inside].any()
+
+
+@pytest.mark.parametrize(
+    ("logits", "settings", "near"),
+    [
+        ([2.0, 2.0 - 5e-6, 0.0], {"temperature": 0.0}, True),
+        ([2.0, 2.0 - 5e-5, 0.0], {"temperature": 0.0}, False),
+        ([2.0, 1.0, 1.0 - 5e-6], {"top_k": 2}, True),
+        ([2.0, 1.0, 1.0 - 5e-5], {"top_k": 2}, False),
+        (np.log([0.5, 0.3, 0.2]), {"top_p": 0.8 + 5e-6}, True),
+        (np.log([0.5, 0.3, 0.2]), {"top_p": 0.8 - 5e-6}, True),
+        (np.log([0.5, 0.3, 0.2]), {"top_p": 0.8 + 5e-5}, False),
+        (np.log([0.5, 0.3, 0.2]), {"top_p": 0.8 - 5e-5}, False),
+        (np.log([0.5, 0.25, 0.25 - 1e-6]), {"top_p": 0.7}, True),
+        (np.log([0.5, 0.3, 0.2]), {"top_k": 3, "top_p": 0.8 + 5e-6}, True),
+        (np.log([0.5, 0.3, 0.2]), {"top_k": 3, "top_p": 0.8 + 5e-5}, False),
+        (np.log([0.5, 0.3, 0.2]), {"min_p": 0.4 + 1e-6}, True),
+        (np.log([0.5, 0.3, 0.2]), {"min_p": 0.4 + 2e-5}, False),
+        (np.log([0.5, 0.3, 0.2]), {"top_k": 3, "min_p": 0.4 - 1e-6}, True),
+    ],
+    ids=str,
+)
+def test_near_the_border_of_a_filter(logits, settings, near):
+    row = np.asarray(logits, np.float32)[None]
+    # Draws from the middle of the first token.
+    uniforms = np.array([[0.21, 0.21]], np.float32)
+    assert bool(draw(row, uniforms, **settings).near[0]) == near
+
+
 def test_draw_index_inverts_the_cumulative_sum():
     weights = np.tile(np.array([1.0, 0.0, 2.0, 1.0], np.float32), (5, 1))
     uniforms = np.array([0.0, 0.24, 0.26, 0.74, 0.76], np.float32)
@@ -153,7 +210,7 @@ def test_float32_only(strict_dtypes):
     for settings in ({"temperature": 0.0}, *FILTERS[-2:]):
         drawn = draw(logits, jnp.full((3, 2), 0.5), **settings)
         assert drawn.tokens.dtype == np.int32
-        assert all(x.dtype == np.float32 for x in drawn[1:])
+        assert all(x.dtype == np.float32 for x in drawn[1:4])
 
 
 @pytest.mark.parametrize(

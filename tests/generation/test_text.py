@@ -71,7 +71,7 @@ def test_answers_are_those_of_generate(fake, free):
 def test_stats_and_progress_count_everything(fake):
     seen = []
     result = texts(fake, progress=seen.append)
-    assert [(s.done, s.total) for s in seen] == [(4, 5), (5, 5)]
+    assert [(s.done, s.total) for s in seen] == [(n, 5) for n in range(1, 6)]
     stats = result.stats
     assert seen[-1] == stats
     assert stats.new_tokens == sum(len(c.tokens) for c in result.completions)
@@ -99,19 +99,6 @@ def test_stop_strings_cut_at_the_first_occurrence(fake, free, check_every):
         assert len(answer.logps) == len(answer.tokens)
     reasons = [c.finish_reason for c in result.completions]
     assert reasons.count("stop_string") >= 2
-
-
-def test_rows_with_a_stop_string_are_decoded_no_further(fake, free, monkeypatch):
-    from jaxpost.generation._generate import Session
-
-    reached = []
-    advance = Session.advance
-    monkeypatch.setattr(
-        Session, "advance", lambda self, n: reached.append(n) or advance(self, n)
-    )
-    stop = free.completions[0].text[0]
-    texts(fake, ["a"], stop_strings=[stop], check_every=8)
-    assert reached == [8]
 
 
 def test_same_text_in_other_tokens_is_found():
@@ -181,9 +168,9 @@ def test_file_has_one_line_per_row(fake, free, tmp_path):
     seen = []
     stats = write(fake, path, progress=seen.append)
     assert (stats.done, stats.total) == (5, 5)
-    assert [s.done for s in seen] == [2, 4, 5]
+    assert [s.done for s in seen] == [1, 2, 3, 4, 5]
     rows = lines(path)
-    assert rows.keys() == {0, 1, 2, 3, 4}
+    assert list(rows) == [0, 1, 2, 3, 4]
     for number, answer in enumerate(free.completions):
         row = rows[number]
         assert row["prompt"] == PROMPTS[number]
@@ -203,7 +190,7 @@ def test_resumed_file_equals_an_uninterrupted_one(fake, tmp_path):
     seen = []
     stats = write(fake, torn, progress=seen.append)
     assert (stats.done, stats.total) == (5, 5)
-    assert [s.done for s in seen] == [4, 5]
+    assert [s.done for s in seen] == [3, 4, 5]
     ours, theirs = lines(torn), lines(whole)
     assert ours.keys() == theirs.keys()
     for name, row in theirs.items():
@@ -211,6 +198,21 @@ def test_resumed_file_equals_an_uninterrupted_one(fake, tmp_path):
     before = torn.read_bytes()
     assert write(fake, torn).new_tokens == 0  # nothing left to do
     assert torn.read_bytes() == before
+
+
+def test_answers_wait_for_those_before_them(fake, free, tmp_path):
+    """Lines keep the order of the rows though answers finish in another one."""
+    path = tmp_path / "out.jsonl"
+    longest = max(range(5), key=lambda n: len(free.completions[n].tokens))
+    rows = [ROWS[longest], *(row for row in ROWS if row is not ROWS[longest])]
+    sizes = []
+    write(fake, path, rows, progress=lambda _: sizes.append(path.stat().st_size))
+    assert list(lines(path)) == [0, 1, 2, 3, 4]
+    assert sizes[0] == 0  # the first to finish is not the first row
+    order = [
+        json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()
+    ]
+    assert order == [row["prompt"] for row in rows]
 
 
 def test_own_ids_are_kept(fake, tmp_path):
