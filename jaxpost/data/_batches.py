@@ -5,7 +5,7 @@ several lengths, not what they mean.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             of padding: zeros, thus of segment 0 and outside the loss.
         process_index: which slice of the batch to give, from 0.
         process_count: how many slices there are.
+        finish: what becomes of each batch, such as `join_answers`; None leaves it.
 
     Attributes:
         batches_per_epoch: batches in one epoch.
@@ -51,6 +52,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         drop_remainder: bool = True,
         process_index: int = 0,
         process_count: int = 1,
+        finish: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
     ):
         _check(len(rows), batch_size, seed, epochs, process_index, process_count)
         self._rows = rows
@@ -61,6 +63,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         self._drop_remainder = drop_remainder
         share = batch_size // process_count
         self._slice = slice(process_index * share, (process_index + 1) * share)
+        self._finish = finish
         self._digest: str | None = None
         self._dataset = self._order()
         self.step = 0
@@ -122,6 +125,10 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     def at(self, step: int) -> dict[str, np.ndarray]:
         """Batch number `step`, from 0, wherever the cursor is."""
+        batch = self._stacked(step)
+        return batch if self._finish is None else self._finish(batch)
+
+    def _stacked(self, step: int) -> dict[str, np.ndarray]:
         indices = self._dataset[step]  # once: grain's shuffle is slow for few rows
         share = self._slice.stop - self._slice.start
         rows = [self._rows[int(index)] for index in indices[self._slice]]

@@ -339,8 +339,8 @@ class AnswerBatches(Batches):
         self._check_columns(1)
         check_distinct(join_ids(np.stack([row["example_id"] for row in rows])))
 
-    def at(self, step: int) -> dict[str, np.ndarray]:
-        batch = super().at(step)
+    def _stacked(self, step: int) -> dict[str, np.ndarray]:
+        batch = super()._stacked(step)
         epoch = step // self.batches_per_epoch if self._sample else 0
         self._check_columns(epoch + 1)
         first = 1 + epoch * self._negatives

@@ -123,7 +123,7 @@ def foreseen_sequence_logps(
     size = (-(-targets.size // columns) + 1) * columns
 
     def front(x, fill):
-        x = x.reshape(-1, *x.shape[2:])[order]
+        x = jnp.asarray(x).reshape(-1, *x.shape[2:])[order]
         widths = [(0, size - len(order))] + [(0, 0)] * (x.ndim - 1)
         return jnp.pad(x, widths, constant_values=fill)
 

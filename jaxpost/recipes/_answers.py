@@ -1,7 +1,7 @@
 """Several answers to a prompt under a model: log-probabilities, and a pass over all.
 
 What the recipes share whose rows are `[A, T]`: pairs (`data.pad_pairs`, A = 2), or an
-answer beside sampled ones (`data.pad_answers`).
+answer beside sampled ones (`data.pad_answers`); or these joined, `[W]`.
 """
 
 import contextlib
@@ -38,6 +38,9 @@ def answer_logps(
     params: Params,
     batch: Batch,
     *,
+    answers: int | None = None,
+    foresee: Callable[..., jax.Array] | None = None,
+    operands: tuple = (),
     token_logps: TokenLogps = ops.linear_token_logps,
 ) -> AnswerLogps:
     """All answers of each row in one forward pass; prompts cost no head product.
@@ -45,20 +48,53 @@ def answer_logps(
     Args:
         model: gives `apply` and `unembed`.
         params: its parameters, in the dtype to compute in.
-        batch: `tokens`, `positions`, `segment_ids` and `loss_mask`, each `[B, A, T]`.
+        batch: `tokens`, `positions`, `segment_ids` and `loss_mask`, each `[B, A, T]`;
+            or `[B, W]`, joined by `data.join_answers`: then prompts cost once.
+        answers: A; needed if they are joined.
+        foresee, operands: what the loss multiplies the log-probs `[B, A]` with, which
+            makes gradients cheaper; see `ops.linear_sequence_logps`.
         token_logps: on a mesh, from `parallel.split_vocabulary`.
     """
-    flat = flatten(batch)
-    hidden = model.apply(
-        params, flat["tokens"], flat["positions"], flat["segment_ids"]
-    ).hidden
-    targets, mask = ops.shift_targets(flat["tokens"], flat["loss_mask"])
-    stats = token_logps(hidden, model.unembed(params), targets, mask=mask)
-    shape = batch["loss_mask"].shape[:2]
-    return AnswerLogps(
-        jnp.sum(stats.logps, axis=-1).reshape(shape),
-        jnp.sum(mask, axis=-1, dtype=jnp.float32).reshape(shape),
+    joined = batch["tokens"].ndim == 2
+    count = answers if joined else batch["tokens"].shape[1]
+    if count is None:
+        raise ValueError("rows of joined answers need the number of `answers`.")
+    flat = batch if joined else flatten(batch)
+    tokens, segments = flat["tokens"], flat["segment_ids"]
+    hidden = model.apply(params, tokens, flat["positions"], segments).hidden
+    # What predicts each token, and whose it is: of the row's answers 0 to A - 1.
+    places = ops.predictors(segments)
+    hidden = jnp.take_along_axis(hidden, jnp.maximum(places, 0)[..., None], axis=1)
+    if joined:
+        answer = ops.branch_numbers(segments) - 1
+    else:
+        answer = jnp.arange(len(tokens), dtype=jnp.int32)[:, None] % count
+    scored = flat["loss_mask"] & (places >= 0)
+    ids = jnp.where(scored, answer, -1).reshape(len(batch["tokens"]), -1)
+    logps = ops.linear_sequence_logps(
+        hidden.reshape(*ids.shape, -1),
+        model.unembed(params),
+        tokens.reshape(ids.shape),
+        ids,
+        count,
+        foresee=foresee,
+        operands=operands,
+        token_logps=token_logps,
     )
+    return AnswerLogps(logps, _count(ids, count))
+
+
+def answer_lengths(batch: Batch, answers: int) -> jax.Array:
+    """Tokens of each answer that are scored, float32 `[B, A]`; see `answer_logps`."""
+    if batch["tokens"].ndim == 3:
+        return jnp.sum(batch["loss_mask"], axis=2, dtype=jnp.float32)
+    ids = ops.branch_numbers(batch["segment_ids"]) - 1
+    return _count(jnp.where(batch["loss_mask"], ids, -1), answers)
+
+
+def _count(ids: jax.Array, answers: int) -> jax.Array:
+    which = ids[..., None] == jnp.arange(answers)[None, None]
+    return jnp.sum(which, axis=1, dtype=jnp.float32)
 
 
 def flatten(batch: Batch) -> dict[str, jax.Array]:
@@ -71,7 +107,8 @@ def flatten(batch: Batch) -> dict[str, jax.Array]:
 
 def real_rows(batch: Batch) -> jax.Array:
     """True where a row has answers, False where it fills up a batch; bool `[B]`."""
-    return jnp.any(batch["loss_mask"], axis=(1, 2))
+    mask = batch["loss_mask"]
+    return jnp.any(mask.reshape(len(mask), -1), axis=1)
 
 
 def mean_over(real: jax.Array) -> Callable[[jax.Array], Metric]:

@@ -30,6 +30,23 @@ def pairwise_values(
     return losses.PairwiseOutput(jnp.where(real, values, 0.0), extras)
 
 
+def slopes(
+    loss: Callable[[jax.Array], losses.PairwiseOutput],
+    margins_of: Callable[..., jax.Array],
+) -> Callable[..., jax.Array]:
+    """A function `[B, 2] -> [B, 2]`: slopes of the sum of losses by log-probabilities.
+
+    Args:
+        loss: of margins `[B]`.
+        margins_of: from log-probabilities `[B, 2]`, and perhaps more, to margins.
+    """
+
+    def total(logps: jax.Array, *rest: Any) -> jax.Array:
+        return jnp.sum(loss(margins_of(logps, *rest)).values)
+
+    return jax.grad(total)
+
+
 def margin_metrics(
     rewards: jax.Array, margins: jax.Array, real: jax.Array
 ) -> dict[str, Metric]:

@@ -5,6 +5,7 @@ Every recipe opens a run, makes its own loss function and hands both to `Run.tra
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ class Run:
 
     Fields:
         config: the recipe's config; has the shared sections.
+        kind: what the rows are.
         folder: where everything is written.
         tokenizer, examples: of the data section.
         layout: the devices and what each holds.
@@ -47,6 +49,7 @@ class Run:
     """
 
     config: Any
+    kind: _setup.RowKind
     folder: training.RunFolder
     tokenizer: data.Tokenizer
     examples: _setup.Examples
@@ -70,6 +73,7 @@ class Run:
         method_state: Any = None,
         method_axes: Any = None,
         frozen: Params | None = None,
+        prepare: Callable[..., Any] | None = None,
     ) -> training.TrainState:
         """Runs the loop: evaluation, checkpoints, logs, trackers.
 
@@ -81,6 +85,7 @@ class Run:
                 None keeps it whole on every device.
             frozen: what else the loss reads, such as `{"reference": ...}`, beside the
                 model's own parameters; shares no array with those that are trained.
+            prepare: makes the batch that is trained on, see `training.train`.
 
         Returns:
             The state after the last step.
@@ -106,6 +111,7 @@ class Run:
                 state,
                 self.batches,
                 total_steps=self.total_steps,
+                prepare=prepare,
                 place=self.layout.place_batch,
                 count=self.layout.count_tokens,
                 schedule=self.schedule,
@@ -152,7 +158,7 @@ class Run:
         self, rows: Sequence[data.TokenRow], size: int, **options: Any
     ) -> data.Batches:
         """This process's slices of batches of `size` rows; see `data.Batches`."""
-        return _batches(rows, size, self.layout, **options)
+        return _batches(rows, size, self.layout, self.kind, **options)
 
     def _first_state(
         self, method_state: Any, method_axes: Any, frozen: Params | None
@@ -282,7 +288,7 @@ def open_run(
     )
     examples = _setup.open_examples(config.data, tokenizer, kind)
     rows = _setup.token_rows(examples.train, config.data, tokenizer, kind)
-    batches = _batches(rows, config.train.batch_size, layout, seed=config.seed)
+    batches = _batches(rows, config.train.batch_size, layout, kind, seed=config.seed)
     total_steps = config.train.steps or max(
         1, math.floor(config.train.epochs * batches.batches_per_epoch)
     )
@@ -298,6 +304,7 @@ def open_run(
         _show(config, tokenizer, examples, rows, model, kind.name)
         yield Run(
             config=config,
+            kind=kind,
             folder=folder,
             tokenizer=tokenizer,
             examples=examples,
@@ -329,10 +336,17 @@ def _check_folder(path: pathlib.Path, resume: bool) -> None:
 
 
 def _batches(
-    rows: Sequence[data.TokenRow], size: int, layout: _setup.Layout, **options: Any
+    rows: Sequence[data.TokenRow],
+    size: int,
+    layout: _setup.Layout,
+    kind: _setup.RowKind,
+    **options: Any,
 ) -> data.Batches:
     """This process's slices of the batches."""
     index, count = layout.batch_share
+    if kind.joined:
+        widths = data.joined_widths(rows)
+        options["finish"] = functools.partial(data.join_answers, width=widths)
     return data.Batches(rows, size, process_index=index, process_count=count, **options)
 
 

@@ -37,15 +37,18 @@ class RowKind:
         load: as `data.load_pairs`: from a source to items.
         pad: as `data.pad_pairs`: from items and lengths to rows. None packs or pads
             single texts, as the config says; else an item has several `texts`.
+        joined: whether batches hold the texts of a row in one, their prompt only once
+            (`data.join_answers`).
     """
 
     name: str
     load: Callable[..., list[Any]]
     pad: Callable[..., list[data.TokenRow]] | None = None
+    joined: bool = False
 
 
 TEXTS = RowKind("example", data.load_examples)
-PAIRS = RowKind("pair", data.load_pairs, data.pad_pairs)
+PAIRS = RowKind("pair", data.load_pairs, data.pad_pairs, joined=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,7 @@ def dpo_scores(
     length_normalized: bool = False,
     target_margin: float = 0.0,
     reference: ReferenceName = "live",
+    loss: losses.PairwiseConfig | None = None,
     dtype: jnp.dtype | None = None,
     token_logps: _answers.TokenLogps = ops.linear_token_logps,
 ) -> _answers.ScoreFn:
@@ -111,6 +112,7 @@ def dpo_scores(
         reference: `live`: the parameters hold the reference's under `reference`;
             `precomputed`: the batch holds `ref_chosen_logps` and `ref_rejected_logps`
             `[B]`; `lora_base`: the parameters without adapters; or `none`.
+        loss: the loss that margins will go into; a hint that makes gradients cheaper.
         dtype: compute dtype that the parameters are cast to; None casts nothing.
         token_logps: on a mesh, from `parallel.split_vocabulary`.
 
@@ -119,10 +121,12 @@ def dpo_scores(
         [B]}`; rewards are `beta` times log-ratios, divided by lengths if those are.
     """
 
-    def logps_of(model: models.Model, params: Params, batch: Batch):
+    def logps_of(model: models.Model, params: Params, batch: Batch, **hint: Any):
         if dtype is not None:
             params = models.cast_params(params, dtype)
-        return _answers.answer_logps(model, params, batch, token_logps=token_logps)
+        return _answers.answer_logps(
+            model, params, batch, answers=2, token_logps=token_logps, **hint
+        ).logps
 
     def reference_logps(params: Params, batch: Batch) -> jax.Array | None:
         if reference == "none":
@@ -134,15 +138,11 @@ def dpo_scores(
             reference,
             model,
             params,
-            lambda model, params: logps_of(model, params, batch).logps,
+            lambda model, params: logps_of(model, params, batch),
         )
 
-    def score(params: Params, batch: Batch) -> Mapping[str, jax.Array]:
-        policy = _reference.policy_params(params)
-        logps, lengths = logps_of(model, policy, batch)
-        ref = reference_logps(params, batch)
+    def margins_of(logps: jax.Array, ref: jax.Array | None, lengths: jax.Array):
         sides = (data.CHOSEN, data.REJECTED)
-        ratios = logps if ref is None else logps - ref
         margins = losses.dpo_margins(
             *(logps[:, side] for side in sides),
             *((None, None) if ref is None else (ref[:, side] for side in sides)),
@@ -150,12 +150,23 @@ def dpo_scores(
             chosen_lengths=lengths[:, data.CHOSEN] if length_normalized else None,
             rejected_lengths=lengths[:, data.REJECTED] if length_normalized else None,
         )
+        return margins - target_margin
+
+    def score(params: Params, batch: Batch) -> Mapping[str, jax.Array]:
+        policy = _reference.policy_params(params)
+        ref, lengths = reference_logps(params, batch), _answers.answer_lengths(batch, 2)
+        hint = {}
+        if loss is not None:
+            foresee = _pairs.slopes(losses.pairwise_loss(loss), margins_of)
+            hint = {"foresee": foresee, "operands": (ref, lengths)}
+        logps = logps_of(model, policy, batch, **hint)
+        ratios = logps if ref is None else logps - ref
         if length_normalized:
             ratios = ratios / jnp.maximum(lengths, 1.0)
         return {
             "logps": logps,
             "rewards": beta * ratios,
-            "margins": margins - target_margin,
+            "margins": margins_of(logps, ref, lengths),
         }
 
     return score
@@ -216,6 +227,7 @@ def run(config: DPOConfig, *, resume: bool = False) -> training.TrainState:
                 length_normalized=config.length_normalized,
                 target_margin=config.target_margin,
                 reference=reference,
+                loss=config.loss,
                 dtype=run.compute_dtype,
                 token_logps=run.layout.token_logps,
             )

@@ -100,12 +100,18 @@ def reward_scores(
 
     def score(params: Params, batch: Batch) -> Mapping[str, jax.Array]:
         cast = params if dtype is None else models.cast_params(params, dtype)
-        flat = _answers.flatten(batch)
-        hidden = model.apply(
-            cast, flat["tokens"], flat["positions"], flat["segment_ids"]
-        ).hidden
-        seen = (flat["segment_ids"] != 0) & (flat["tokens"] != pad_id)
-        rewards = models.scores(params, ops.last_token(hidden, seen)).reshape(-1, 2)
+        joined = batch["tokens"].ndim == 2
+        flat = batch if joined else _answers.flatten(batch)
+        tokens, segments = flat["tokens"], flat["segment_ids"]
+        hidden = model.apply(cast, tokens, flat["positions"], segments).hidden
+        seen = (segments != 0) & (tokens != pad_id)
+        if joined:  # of each answer, or else of its prompt
+            branch = ops.branch_numbers(segments)
+            sides = [seen & ((branch == 0) | (branch == side)) for side in (1, 2)]
+            last = jnp.stack([ops.last_token(hidden, side) for side in sides], axis=1)
+        else:
+            last = ops.last_token(hidden, seen).reshape(-1, 2, hidden.shape[-1])
+        rewards = models.scores(params, last)
         margins = rewards[:, data.CHOSEN] - rewards[:, data.REJECTED]
         return {"rewards": rewards, "margins": margins}
 

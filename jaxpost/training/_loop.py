@@ -69,6 +69,7 @@ def train(
     batches: Iterable[Batch],
     *,
     total_steps: int,
+    prepare: Callable[[int, TrainState, Batch], Batch] | None = None,
     place: Callable[[Batch], Batch] | None = None,
     schedule: Callable[[Any], Any] | None = None,
     eval_fn: Callable[[TrainState], Mapping[str, float]] | None = None,
@@ -98,6 +99,9 @@ def train(
         batches: iterator of host batches. With `state()` (JSON values) and `restore()`
             its place is saved and restored; with `epoch` (a float) it is logged.
         total_steps: optimizer steps at the end, counted from the run's first.
+        prepare: from the number of a step (from 1), the state before it and its host
+            batch to the one that is trained on, such as with answers sampled for its
+            prompts; a pure function, or a resumed run differs. None takes it as it is.
         place: puts a host batch on devices, such as `parallel.place`; None leaves
             it to `jit`.
         schedule: from steps taken to learning rate, for the log; traceable.
@@ -158,6 +162,7 @@ def train(
             loop,
             state,
             batches,
+            prepare=prepare or (lambda number, state, batch: batch),
             place=place or dict,
             count=count,
             eval_fn=eval_fn,
@@ -173,13 +178,13 @@ def train(
 
 
 def _run_steps(
-    loop: "_Loop", state, batches, *, place, count, eval_fn, due, aside
+    loop: "_Loop", state, batches, *, prepare, place, count, eval_fn, due, aside
 ) -> TrainState:
     """The steps that are left, each with what falls due after it."""
     total = loop.total_steps
     with StopRequest() as stop:
         for number in range(loop.start + 1, total + 1):
-            batch = _next(batches, number, total)
+            batch = prepare(number, state, _next(batches, number, total))
             state, metrics = loop.step(state, place(batch))
             epoch = getattr(batches, "epoch", None)
             loop.push(number, metrics, count(batch), epoch, state)

@@ -346,3 +346,27 @@ def test_mesh_kit():
     testing.assert_mesh_invariant(
         step, state, batch_of(pairs(16)), MESHES, axes=axes | {"reference": axes}
     )
+
+
+@pytest.mark.parametrize("hint", [None, "r3m"], ids=["tokens", "foreseen"])
+def test_joined_answers_give_the_same(hint, monkeypatch):
+    """Prompts once in a row, and gradients formed at once, change no number."""
+    if hint is not None:  # as on one device
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+    config = losses.PairwiseConfig("r3m", **LOSSES["r3m"])
+    batch = batch_of(pairs(7))
+    rows = [{name: array[i] for name, array in batch.items()} for i in range(7)]
+    joined = data.join_answers(batch, data.joined_widths(rows))
+    assert joined["tokens"].ndim == 2
+    assert np.count_nonzero(joined["tokens"]) < np.count_nonzero(batch["tokens"])
+    plain = dpo.dpo_loss(dpo.dpo_scores(model(), beta=BETA), config)
+    hinted = dpo.dpo_loss(
+        dpo.dpo_scores(model(), beta=BETA, loss=config if hint else None), config
+    )
+    expected = value_and_grad(plain, params_with_reference(), batch)
+    found = value_and_grad(hinted, params_with_reference(), joined)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6),
+        found,
+        expected,
+    )

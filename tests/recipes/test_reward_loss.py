@@ -287,3 +287,15 @@ def test_bad_settings_are_refused():
         reward.RewardConfig(centering=-0.1)
     with pytest.raises(ValueError, match="r3m does not read label_smoothing"):
         losses.PairwiseConfig("r3m", lam=0.4, label_smoothing=0.1)
+
+
+def test_joined_answers_give_the_same():
+    """Both answers behind their prompt in one row: same values, same gradients."""
+    batch = batch_of(pairs(5))
+    joined = data.join_answers(batch, 64)
+    assert joined["tokens"].ndim == 2
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6),
+        value_and_grad(loss_of("r3m", centering=0.1), model().params, joined),
+        value_and_grad(loss_of("r3m", centering=0.1), model().params, batch),
+    )
