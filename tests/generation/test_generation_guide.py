@@ -8,7 +8,7 @@ GUIDE = pathlib.Path(__file__).parents[2] / "docs" / "generation.md"
 
 def test_examples_run_in_order():
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(GUIDE), "exec"), names)
