@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -46,6 +47,11 @@ class LogUSection:
 
     initial: float = 0.0
     placement: Literal["replicated", "sharded"] = "replicated"
+
+    def __post_init__(self) -> None:
+        # No array is made here: the processes of a run have not met yet.
+        if not math.isfinite(self.initial):
+            raise ValueError(f"initial must be finite, got {self.initial}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +111,6 @@ class DiscriminativeConfig:
 
     def __post_init__(self) -> None:
         losses.check_discriminative(tau=self.tau, gamma=self.gamma)
-        losses.init_log_u(1, initial=self.log_u.initial)
         _answer_scores.check_reference(
             self.variant, self.p0, self.reference, self.reference_columns, self.lora
         )
