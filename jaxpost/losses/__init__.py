@@ -7,7 +7,7 @@ from jaxpost.losses._discriminative import (
     discriminative,
     init_log_u,
 )
-from jaxpost.losses._divergence import divergence, support_divergence
+from jaxpost.losses._divergence import Rest, divergence, support_divergence
 from jaxpost.losses._pairwise import (
     bradley_terry,
     dpo_margins,
@@ -33,6 +33,7 @@ __all__ = [
     "PairwiseConfig",
     "PairwiseOutput",
     "R3MOutput",
+    "Rest",
     "adaptive_scaling",
     "bradley_terry",
     "check_discriminative",

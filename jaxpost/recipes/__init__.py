@@ -18,6 +18,7 @@ from jaxpost.recipes._config import (
 RECIPES = {
     "control": ("jaxpost.recipes.control", "ControlConfig"),
     "discriminative": ("jaxpost.recipes.discriminative", "DiscriminativeConfig"),
+    "distill": ("jaxpost.recipes.distill", "DistillConfig"),
     "dpo": ("jaxpost.recipes.dpo", "DPOConfig"),
     "reward": ("jaxpost.recipes.reward", "RewardConfig"),
     "sft": ("jaxpost.recipes.sft", "SFTConfig"),

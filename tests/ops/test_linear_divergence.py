@@ -267,7 +267,7 @@ def test_bfloat16_is_computed_in_float32(form):
     assert gap < 2.0**-6 * np.abs(wide_bar).max()
 
 
-@pytest.mark.slow  # the recipe's step is split so too in test_distill_loss.py
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_vocabulary_split_over_devices(form):
     """By `shard_map`: the same values and gradients."""
