@@ -1,6 +1,9 @@
 """Discriminative fine-tuning: worked values, the exact gradient, the moving average."""
 
 import math
+import pathlib
+import re
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +18,16 @@ from jaxpost import losses
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 REF = (-11.0, -11.0)
+# Far quicker than one operation after the other; the others are run eagerly.
+compiled = jax.jit(losses.discriminative, static_argnames=("tau", "gamma"))
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 
 def visit(positive, negatives, log_u, *, reference=None, **options):
     """One example; arrays of float64 without their axis of examples."""
     if reference is not None:
         options["ref_neg_logps"] = jnp.asarray([reference])
-    out = losses.discriminative(
+    out = compiled(
         jnp.asarray([positive]),
         jnp.asarray([negatives]),
         jnp.asarray([log_u]),
@@ -78,7 +84,7 @@ def test_worked_values_of_dft2():
 def test_large_numbers_stay_finite(dtype):
     """`u` is exp(600) here."""
     with jax.enable_x64(dtype == "float64"):
-        out = losses.discriminative(
+        out = compiled(
             jnp.asarray([-8.0], dtype),
             jnp.asarray([[-300.0, -310.0]], dtype),
             losses.init_log_u(1).astype(dtype),
@@ -97,7 +103,7 @@ def test_slopes_are_those_of_the_scaled_log_mean():
     scores, tau = np.array([-10.0, -12.0]), 0.7
 
     def value(negatives, tau):
-        out = losses.discriminative(
+        out = compiled(
             jnp.asarray([-8.0]),
             negatives[None],
             jnp.asarray([0.0]),
@@ -129,7 +135,7 @@ def test_dividing_by_p0_makes_the_sum_exact():
     estimates = {}
     with jax.enable_x64(True):
         for name, reference in (("with", np.log(p0)), ("without", np.zeros(4))):
-            out = losses.discriminative(
+            out = compiled(
                 jnp.zeros(4),
                 jnp.asarray(one_each),
                 jnp.zeros(4),
@@ -242,8 +248,10 @@ squares = st.lists(rows, min_size=3, max_size=3)
 batches = st.tuples(rows, squares, squares, rows)
 
 
-def call(positive, negatives, reference, log_u, **options):
-    return losses.discriminative(
+def call(
+    positive, negatives, reference, log_u, *, function=losses.discriminative, **options
+):
+    return function(
         jnp.asarray(positive),
         jnp.asarray(negatives),
         jnp.asarray(log_u),
@@ -315,7 +323,9 @@ def test_a_new_value_weighs_gamma_and_the_first_one_fades():
     with jax.enable_x64(True):
         log_u = jnp.asarray([math.log(7.0)])
         for _ in range(3):
-            log_u = call([0.0], [[0.0]], [[0.0]], log_u, tau=1.0, gamma=0.9).log_u
+            log_u = call(
+                [0.0], [[0.0]], [[0.0]], log_u, tau=1.0, gamma=0.9, function=compiled
+            ).log_u
     share = 0.1**3
     np.testing.assert_allclose(np.exp(log_u), share * 7.0 + (1.0 - share), rtol=1e-12)
 
@@ -333,7 +343,7 @@ def test_masked_negatives_change_nothing(junk):
     }
 
     def value(positive, negatives, reference, **options):
-        out = losses.discriminative(
+        out = compiled(
             positive, negatives, log_u, tau=1.0, gamma=0.85, neg_mask=mask, **options
         )
         return jnp.sum(out.values), out
@@ -364,14 +374,24 @@ def test_masked_negatives_change_nothing(junk):
 
 def test_only_scores_have_a_gradient():
     def total(reference, log_u):
-        out = call([-8.0], [[-10.0, -12.0]], reference, log_u, tau=1.0, gamma=0.85)
+        out = call(
+            [-8.0],
+            [[-10.0, -12.0]],
+            reference,
+            log_u,
+            tau=1.0,
+            gamma=0.85,
+            function=compiled,
+        )
         return jnp.sum(out.values) + jnp.sum(out.log_u) + jnp.sum(out.weights)
 
     slopes = jax.grad(total, argnums=(0, 1))(jnp.float32([REF]), jnp.float32([0.3]))
     assert not any(np.any(slope) for slope in slopes)
 
     def log_u(negatives):
-        out = call([-8.0], negatives, [REF], [0.0], tau=1.0, gamma=0.85)
+        out = call(
+            [-8.0], negatives, [REF], [0.0], tau=1.0, gamma=0.85, function=compiled
+        )
         return jnp.sum(out.log_u) + jnp.sum(out.weights)
 
     assert not np.any(jax.grad(log_u)(jnp.float32([[-10.0, -12.0]])))
@@ -387,7 +407,7 @@ def test_a_number_that_is_not_finite_is_not_hidden(where, bad):
         "log_u": np.float32([0.0, 0.0]),
     }
     parts[where][(0, 0)[: parts[where].ndim]] = bad
-    found = call(**parts, tau=1.0, gamma=0.85)
+    found = call(**parts, tau=1.0, gamma=0.85, function=compiled)
     assert np.isnan(found.values[0])
     assert np.isfinite(found.values[1])
 
@@ -396,7 +416,7 @@ def test_a_number_that_is_not_finite_is_not_hidden(where, bad):
 def test_an_answer_without_tokens_is_not_hidden(name):
     lengths = {"pos_lengths": np.int32([3, 3]), "neg_lengths": np.int32([[4, 4]] * 2)}
     lengths[name][(0, 0)[: lengths[name].ndim]] = 0
-    out = losses.discriminative(
+    out = compiled(
         jnp.zeros(2), jnp.zeros((2, 2)), jnp.zeros(2), tau=0.3, gamma=0.9, **lengths
     )
     assert np.isnan(out.values[0])
@@ -452,3 +472,33 @@ def test_errors(changes, words):
     }
     with pytest.raises(ValueError, match=words):
         losses.discriminative(**(arguments | changes))
+
+
+def test_the_guides_example_runs():
+    text = (DOCS / "discriminative.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):
+        exec(compile(block, "discriminative.md", "exec"), names)
+    table = np.asarray(names["table"])
+    assert np.flatnonzero(table).tolist() == [7, 123]
+    # The guide's first example is the second worked value.
+    np.testing.assert_allclose(table[7], 0.3795444, rtol=1e-5)
+    np.testing.assert_allclose(names["out"].values[0], -2.8090349, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_spread_is_stationary_as_the_figure_says():
+    script = runpy.run_path(str(DOCS / "figures" / "discriminative_log_u.py"))
+    with jax.enable_x64(True):
+        found = script["curves"](examples=4000)
+    single = found["γ = 1 / visits"][0]
+    for name, gamma in script["CURVES"].items():
+        if gamma is None:
+            slope = np.polyfit(np.log(np.arange(1, 257)), np.log(found[name]), 1)[0]
+            assert slope == pytest.approx(-0.5, abs=0.1)
+        else:
+            spread = found[name][128:].mean()
+            assert spread == pytest.approx(
+                single * script["stationary"](gamma), rel=0.1
+            )
