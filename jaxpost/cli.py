@@ -34,7 +34,7 @@ class GenerateArgs:
         top_p: Keep the smallest set of tokens with this probability.
         min_p: Keep tokens at least this fraction as likely as the likeliest.
         stop: String that ends a completion; may be given several times.
-        batch_size: Prompts decoded together.
+        batch_size: Answers decoded at a time; a free slot takes the next prompt.
         seed: Of the sampler.
         dtype: Data type of the weights and the cache.
     """

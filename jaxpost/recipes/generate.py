@@ -38,7 +38,7 @@ def run_generate(
         max_new_tokens: longest completion, tokens.
         temperature, top_k, top_p, min_p: see `generation.SamplingConfig`.
         stop: strings that end a completion.
-        batch_size: prompts decoded together.
+        batch_size: answers decoded at a time; a free slot takes the next prompt.
         seed: of the sampler.
         dtype: of the weights and the cache.
 
