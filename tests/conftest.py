@@ -4,9 +4,14 @@ import os
 import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-_flags = os.environ.get("XLA_FLAGS", "")
-if "host_platform_device_count" not in _flags:
-    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8"
+# Most of the time goes into compiling: a third less at this level, same arithmetic.
+for _flag in (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=1",
+):
+    _flags = os.environ.get("XLA_FLAGS", "")
+    if _flag.split("=")[0] not in _flags:
+        os.environ["XLA_FLAGS"] = f"{_flags} {_flag}".strip()
 # Devices that wait for each other must not use up XLA's threads (one per core): see
 # jaxpost.parallel.give_virtual_devices_threads.
 os.environ.setdefault("NPROC", "32")

@@ -1,7 +1,8 @@
 """jaxpost's own DPO step, timed as its rivals are; what they are compared with.
 
-The pieces are those of the recipe: both answers in one forward pass, log-probs of the
-answers' tokens only, the metrics it logs, the reference live or as columns. `--loss`
+The pieces are those of the recipe: both answers in one row behind their prompt,
+log-probs of the answers' tokens only, the metrics it logs, the reference live or as
+columns. `--loss`
 takes any pairwise loss's name. Runs in the project's own environment; prints one JSON
 line.
 """
@@ -18,21 +19,25 @@ import jax.numpy as jnp
 import numpy as np
 from sft_jaxpost import build_model
 
-from jaxpost import losses, training
+from jaxpost import data, losses, training
 from jaxpost.recipes import dpo
 
 
 def pair_batch(tokens: np.ndarray, prompt: int) -> dict:
-    """Full rows: one segment each, the answers' tokens scored."""
+    """As the recipe's batches: the answers joined to one row, their tokens scored."""
     positions = np.broadcast_to(
         np.arange(tokens.shape[-1], dtype=np.int32), tokens.shape
     )
-    return {
+    batch = {
         "tokens": tokens,
         "positions": positions,
         "segment_ids": np.ones(tokens.shape, np.int32),
         "loss_mask": positions >= prompt,
     }
+    rows = [
+        {name: array[i] for name, array in batch.items()} for i in range(len(tokens))
+    ]
+    return data.join_answers(batch, data.joined_widths(rows))
 
 
 def main() -> None:
@@ -52,7 +57,9 @@ def main() -> None:
     settings = losses.PairwiseConfig(args.loss, lam=0.6 if args.loss == "r3m" else None)
 
     def score(reference):
-        return dpo.dpo_scores(model, beta=sizes["beta"], reference=reference)
+        return dpo.dpo_scores(
+            model, beta=sizes["beta"], reference=reference, loss=settings
+        )
 
     live = args.reference == "live"
     loss_fn = dpo.dpo_loss(score(args.reference), settings)

@@ -11,15 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import data, losses, models, ops, training
-from jaxpost.recipes import (
-    _answers,
-    _export,
-    _pair_report,
-    _pairs,
-    _reference,
-    _run,
-    _setup,
-)
+from jaxpost.recipes import _answers, _pair_run, _pairs, _reference, _run, _setup
 from jaxpost.recipes._reference import ReferenceName
 from jaxpost.recipes._sections import (
     DataSection,
@@ -238,20 +230,10 @@ def run(config: DPOConfig, *, resume: bool = False) -> training.TrainState:
                 run, scores("none"), path=config.reference_columns
             )
         score = scores(name)
-        loss_fn = dpo_loss(score, config.loss)
-        step = training.make_train_step(
-            loss_fn,
-            run.tx,
-            accumulate=config.train.accumulate,
-            ema_decay=config.train.ema_decay,
+        return _pair_run.train_on_pairs(
+            run,
+            score,
+            dpo_loss(score, config.loss),
+            frozen=frozen,
+            method=f"Direct preference optimisation, loss {config.loss.name}.",
         )
-        with _answers.naming_rows(run, score, "margins", "Margins"):
-            state = run.train(step, loss_fn, frozen=frozen)
-        _pair_report.write(run, state, score, config.loss)
-        if config.export.enabled:
-            _export.export(
-                run,
-                state,
-                method=f"Direct preference optimisation, loss {config.loss.name}.",
-            )
-    return state

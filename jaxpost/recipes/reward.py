@@ -11,14 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import data, losses, models, ops, training
-from jaxpost.recipes import (
-    _answers,
-    _export,
-    _pair_report,
-    _pairs,
-    _run,
-    _setup,
-)
+from jaxpost.recipes import _answers, _pair_run, _pairs, _run, _setup
 from jaxpost.recipes._sections import (
     DataSection,
     ExportSection,
@@ -177,21 +170,10 @@ def run(config: RewardConfig, *, resume: bool = False) -> training.TrainState:
             pad_id=run.tokenizer.pad_id,
             dtype=run.compute_dtype,
         )
-        loss_fn = reward_loss(score, config.loss, centering=config.centering)
-        step = training.make_train_step(
-            loss_fn,
-            run.tx,
-            accumulate=config.train.accumulate,
-            ema_decay=config.train.ema_decay,
+        return _pair_run.train_on_pairs(
+            run,
+            score,
+            reward_loss(score, config.loss, centering=config.centering),
+            method=f"Reward model on preference pairs, loss {config.loss.name}; the "
+            "score is the one logit of the last token.",
         )
-        with _answers.naming_rows(run, score, "margins", "Margins"):
-            state = run.train(step, loss_fn)
-        _pair_report.write(run, state, score, config.loss)
-        if config.export.enabled:
-            _export.export(
-                run,
-                state,
-                method=f"Reward model on preference pairs, loss {config.loss.name}; "
-                "the score is the one logit of the last token.",
-            )
-    return state
