@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from dpo_jaxpost import pair_batch
 from dpo_settings import END
 from sft_jaxpost import build_model
 
@@ -45,6 +44,19 @@ def answer_tokens(sizes: dict, rows: int, negatives: int, count: int) -> np.ndar
     tokens[:, :, 1:, : sizes["prompt"]] = tokens[:, :, :1, : sizes["prompt"]]
     tokens[..., -1] = END
     return tokens
+
+
+def full_rows(tokens: np.ndarray, prompt: int) -> dict:
+    """Full rows `[..., T]`: one segment each, the answers' tokens scored."""
+    positions = np.broadcast_to(
+        np.arange(tokens.shape[-1], dtype=np.int32), tokens.shape
+    )
+    return {
+        "tokens": tokens,
+        "positions": positions,
+        "segment_ids": np.ones(tokens.shape, np.int32),
+        "loss_mask": positions >= prompt,
+    }
 
 
 def make_step(args: Any, model: Any, tx: Any, count: int) -> tuple[Any, Any, Any]:
@@ -74,8 +86,8 @@ def make_batches(args: Any, model: Any, rows: int, total: int) -> list[dict]:
     tokens = answer_tokens(sizes, rows, args.negatives, total)
     if args.method == "sft":
         flat = tokens.reshape(total, -1, sizes["length"])
-        return [pair_batch(part, sizes["prompt"]) for part in flat]
-    batches = [pair_batch(part, sizes["prompt"]) for part in tokens]
+        return [full_rows(part, sizes["prompt"]) for part in flat]
+    batches = [full_rows(part, sizes["prompt"]) for part in tokens]
     score = _answer_scores.discriminative_scores(model, reference="none")
     own = jax.jit(lambda params, batch: score(params, batch)["logps"])
     for number, batch in enumerate(batches):

@@ -312,6 +312,12 @@ def _print(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     if summary["skipped"]:
         reasons = ", ".join(f"{n} {why}" for why, n in summary["skipped"].items())
         say(f"{sum(summary['skipped'].values())} rows skipped ({reasons})")
+    if summary["unfinished"]:
+        say(
+            "warning: training puts an end token behind negatives that were cut, which "
+            "negative_logps lacks; raise --max-new-tokens, or train with p0 "
+            "train_prompt"
+        )
     if summary["empty"]:
         say("warning: recipe discriminative refuses rows with an empty negative")
     if summary["positive"]:
