@@ -66,14 +66,21 @@ def test_bad_arguments_are_named(fake, prompts, kwargs, match):
     assert generation.trace_counts() == before
 
 
-def test_rollout_too_narrow_is_named(fake):
-    answers = list(
-        generation.generate_stream(
-            *fake, [[1]], config=CONFIG, slots=1, key=jax.random.key(0)
-        )
+def test_rollout_too_narrow_is_named():
+    numbers = np.zeros((4,), np.float32)
+    answer = generation.Finished(
+        prompt=0,
+        sample=0,
+        tokens=np.arange(4, dtype=np.int32),
+        logps=numbers,
+        sampling_logps=numbers,
+        entropies=numbers,
+        finish_reason="length",
+        near=0,
     )
     with pytest.raises(ValueError, match="4 tokens, more than max_new_tokens=3"):
-        generation.as_rollout(answers, max_new_tokens=3)
+        generation.as_rollout([answer], max_new_tokens=3)
+    assert not generation.as_rollout([answer], max_new_tokens=4).finished[0]
     empty = generation.as_rollout([], max_new_tokens=3)
     assert np.asarray(empty.tokens).shape == (0, 3)
 
