@@ -54,7 +54,7 @@ def row_kind(config: Any) -> RowKind:
         known = config.train.steps is None
         wanted = wanted * math.ceil(config.train.epochs) if known else None
     load = functools.partial(data.load_answers, negative_columns=wanted)
-    return RowKind("prompt", load, data.pad_answers)
+    return RowKind("prompt", load, data.pad_answers, joined=True)
 
 
 def prepare(run: Run) -> Run:
@@ -178,6 +178,7 @@ def with_batches(run: Run) -> Run:
     """The run that takes each epoch's columns, and of held-out rows the first ones."""
     section = run.config.negatives
     index, count = run.layout.batch_share
+    widths = data.joined_widths(run.rows, answers=1 + section.per_prompt)
     batches = data.AnswerBatches(
         run.rows,
         run.config.train.batch_size,
@@ -186,6 +187,7 @@ def with_batches(run: Run) -> Run:
         seed=run.config.seed,
         process_index=index,
         process_count=count,
+        finish=functools.partial(data.join_answers, width=widths),
     )
     held_out = [_fitted(row, section.per_prompt) for row in run.eval_rows]
     return dataclasses.replace(run, batches=batches, eval_rows=held_out)

@@ -3,17 +3,19 @@
 And which reference gives P0, the probability that a negative was sampled with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxpost import data, models, ops
+from jaxpost import data, losses, models, ops
 from jaxpost.recipes import _answers, _reference
 from jaxpost.recipes._reference import ReferenceName
 from jaxpost.recipes._sections import LoraSection
 from jaxpost.typing import Batch, Metric, Params
+
+Variant = Literal["dft", "dft2"]
 
 
 def check_reference(
@@ -63,6 +65,8 @@ def discriminative_scores(
     model: models.Model,
     *,
     reference: ReferenceName = "live",
+    answers: int | None = None,
+    foresee: Callable[..., jax.Array] | None = None,
     dtype: jnp.dtype | None = None,
     token_logps: _answers.TokenLogps = ops.linear_token_logps,
 ) -> _answers.ScoreFn:
@@ -72,8 +76,11 @@ def discriminative_scores(
         model: gives `apply` and `unembed`; its own parameters are not used.
         reference: `live`: the parameters hold the reference's under `reference`;
             `lora_base`: the parameters without adapters; both score the negatives
-            alone. `precomputed` and `none`: the batch's `ref_logps` `[N, 1 + B]`, the
-            right answer first, if it has them.
+            alone, if they are not joined. `precomputed` and `none`: the batch's
+            `ref_logps` `[N, 1 + B]`, the right answer first, if it has them.
+        answers: 1 + B; needed for batches of joined answers, `[N, W]`.
+        foresee: from `slopes`; a hint that makes gradients cheaper. It is used where
+            the batch holds the moving averages before the step, `log_u` `[N]`.
         dtype: compute dtype that the parameters are cast to; None casts nothing.
         token_logps: on a mesh, from `parallel.split_vocabulary`.
 
@@ -82,28 +89,58 @@ def discriminative_scores(
         the right answer first, and perhaps `"ref_neg_logps"` `[N, B]`.
     """
 
-    def logps_of(model: models.Model, params: Params, batch: Batch):
+    def logps_of(model: models.Model, params: Params, batch: Batch, **hint: Any):
         if dtype is not None:
             params = models.cast_params(params, dtype)
-        return _answers.answer_logps(model, params, batch, token_logps=token_logps)
+        return _answers.answer_logps(
+            model, params, batch, answers=answers, token_logps=token_logps, **hint
+        ).logps
+
+    def reference_logps(params: Params, batch: Batch) -> jax.Array | None:
+        """Of the negatives `[N, B]`."""
+        if reference not in ("live", "lora_base"):
+            return batch["ref_logps"][:, 1:] if "ref_logps" in batch else None
+        joined = batch["tokens"].ndim == 2
+        if not joined:
+            batch = {name: batch[name][:, 1:] for name in _answers.TOKENS}
+        found = _reference.under_reference(
+            reference,
+            model,
+            params,
+            lambda model, params: logps_of(model, params, batch),
+        )
+        return found[:, 1:] if joined else found
 
     def score(params: Params, batch: Batch) -> Mapping[str, jax.Array]:
+        count = answers if batch["tokens"].ndim == 2 else batch["tokens"].shape[1]
+        if count is None:
+            raise ValueError("batches of joined answers need `answers`, 1 + B.")
+        found = {"lengths": _answers.answer_lengths(batch, count)}
+        if (p0 := reference_logps(params, batch)) is not None:
+            found["ref_neg_logps"] = p0
+        hint = {}
+        if foresee is not None and "log_u" in batch:
+            hint = {"foresee": foresee, "operands": (found, batch["log_u"])}
         policy = _reference.policy_params(params)
-        logps, lengths = logps_of(model, policy, batch)
-        found = {"logps": logps, "lengths": lengths}
-        if reference in ("live", "lora_base"):
-            negatives = {name: batch[name][:, 1:] for name in _answers.TOKENS}
-            found["ref_neg_logps"] = _reference.under_reference(
-                reference,
-                model,
-                params,
-                lambda model, params: logps_of(model, params, negatives).logps,
-            )
-        elif "ref_logps" in batch:
-            found["ref_neg_logps"] = batch["ref_logps"][:, 1:]
-        return found
+        return found | {"logps": logps_of(model, policy, batch, **hint)}
 
     return score
+
+
+def slopes(variant: Variant, *, tau: float, gamma: float) -> Callable[..., jax.Array]:
+    """What the loss multiplies log-probabilities with, for `discriminative_scores`.
+
+    Returns:
+        A pure function `(logps [N, 1 + B], scores, log_u [N]) -> [N, 1 + B]`: slopes of
+        the sum of the surrogates; `scores` holds the rest of what `split` reads.
+    """
+
+    def total(logps: jax.Array, scores: Mapping[str, jax.Array], log_u: jax.Array):
+        found = split({**scores, "logps": logps}, variant)
+        out = losses.discriminative(log_u=log_u, tau=tau, gamma=gamma, **found.inputs)
+        return jnp.sum(jnp.where(found.real, out.values, 0.0))
+
+    return jax.grad(total)
 
 
 def every_number(score: _answers.ScoreFn) -> _answers.ScoreFn:
@@ -143,11 +180,9 @@ class Scored(NamedTuple):
         }
 
 
-def split(
-    scores: Mapping[str, jax.Array], batch: Batch, variant: Literal["dft", "dft2"]
-) -> Scored:
+def split(scores: Mapping[str, jax.Array], variant: Variant) -> Scored:
     """The scores of `discriminative_scores`, for either variant of the loss."""
-    answered = jnp.any(batch["loss_mask"], axis=2)
+    answered = scores["lengths"] > 0.0
     real = answered[:, data.POSITIVE]
     logps, lengths = scores["logps"], scores["lengths"]
     positive = logps[:, data.POSITIVE]

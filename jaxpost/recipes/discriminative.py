@@ -20,6 +20,7 @@ from jaxpost.recipes import (
     _run,
 )
 from jaxpost.recipes._answer_rows import NegativesSection
+from jaxpost.recipes._answer_scores import Variant
 from jaxpost.recipes._reference import ReferenceName
 from jaxpost.recipes._sections import (
     DataSection,
@@ -32,7 +33,6 @@ from jaxpost.recipes._sections import (
 )
 from jaxpost.typing import Batch, LossFn, LossOutput, Metric, Params, Term
 
-Variant = Literal["dft", "dft2"]
 TABLE_ROWS = 256
 
 
@@ -154,14 +154,14 @@ def discriminative_loss(
     ) -> LossOutput:
         del key  # nothing is drawn
         table, visits = method_state["log_u"], method_state["visits"]
-        found = _answer_scores.split(score(params, batch), batch, variant)
+        real = _answers.real_rows(batch)
         # Rows of padding go beyond the table, where nothing is written.
         index = batch["example_index"]
-        index = jnp.where(found.real & (index >= 0), index, table.shape[0])
+        index = jnp.where(real & (index >= 0), index, table.shape[0])
         old = table.at[index].get(mode="fill", fill_value=jnp.nan)
-        out = losses.discriminative(
-            log_u=jnp.where(found.real, old, 0.0), tau=tau, gamma=gamma, **found.inputs
-        )
+        old = jnp.where(real, old, 0.0)
+        found = _answer_scores.split(score(params, {**batch, "log_u": old}), variant)
+        out = losses.discriminative(log_u=old, tau=tau, gamma=gamma, **found.inputs)
         table = table.at[index].set(out.log_u.astype(table.dtype), mode="drop")
         visits = visits.at[index].add(1, mode="drop")
         values = jnp.where(found.real, out.values, 0.0)
@@ -196,7 +196,7 @@ def held_out_loss(score: _answers.ScoreFn, *, variant: Variant, tau: float) -> L
         params: Params, method_state: dict[str, jax.Array], batch: Batch, key: jax.Array
     ) -> LossOutput:
         del key  # nothing is drawn
-        found = _answer_scores.split(score(params, batch), batch, variant)
+        found = _answer_scores.split(score(params, batch), variant)
         zeros = jnp.zeros(found.real.shape, jnp.float32)
         out = losses.discriminative(log_u=zeros, tau=tau, gamma=1.0, **found.inputs)
         counted = found.real & jnp.any(found.inputs["neg_mask"], axis=1)
@@ -234,10 +234,14 @@ def run(config: DiscriminativeConfig, *, resume: bool = False) -> training.Train
         )
         count = len(run.rows)
 
-        def scores(reference: ReferenceName) -> _answers.ScoreFn:
+        def scores(reference: ReferenceName, negatives: int) -> _answers.ScoreFn:
             return _answer_scores.discriminative_scores(
                 run.model.with_lookup(run.layout.lookup),
                 reference=reference,
+                answers=1 + negatives,
+                foresee=_answer_scores.slopes(
+                    config.variant, tau=config.tau, gamma=config.gamma
+                ),
                 dtype=run.compute_dtype,
                 token_logps=run.layout.token_logps,
             )
@@ -249,12 +253,12 @@ def run(config: DiscriminativeConfig, *, resume: bool = False) -> training.Train
         elif name == "precomputed":
             run = _reference.with_reference_columns(
                 run,
-                scores("none"),
+                scores("none", len(run.rows[0]["tokens"]) - 1),
                 path=config.reference_columns,
                 columns=("ref_logps",),
             )
         run = _answer_rows.with_batches(run)
-        score = scores(name)
+        score = scores(name, config.negatives.per_prompt)
         settings = {"variant": config.variant, "tau": config.tau}
         step = training.make_train_step(
             discriminative_loss(score, gamma=config.gamma, count=count, **settings),

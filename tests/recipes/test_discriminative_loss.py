@@ -513,3 +513,35 @@ def test_no_array_has_the_size_of_all_logits(method):
     assert largest_array(program()) <= 512 * 16_411 < logits / 3
     dense = functools.partial(ops.linear_token_logps, implementation="dense")
     assert largest_array(program(token_logps=dense)) >= logits
+
+
+@pytest.mark.parametrize(
+    "variant", ["dft", pytest.param("dft2", marks=pytest.mark.slow)]
+)
+def test_joined_answers_and_foreseen_gradients_give_the_same(variant, monkeypatch):
+    """Prompts once in a row, and gradients formed at once, change no number."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # where they are foreseen
+    before, places = np.linspace(-2.0, 1.0, 8), [5, 4, 1, 2, 7, 6]
+    gone = np.zeros((6, NEGATIVES), bool)
+    gone[2, 0] = gone[3] = True
+    rows = data.drop_answers(data.pad_answers(items(6), 12), gone)
+    batch = data.stack(rows) | {"example_index": np.array(places, np.int32)}
+    batch = {n: np.concatenate([x, np.zeros_like(x[:1])]) for n, x in batch.items()}
+    joined = data.join_answers(batch, data.joined_widths(rows))
+    assert joined["tokens"].ndim == 2
+    assert np.count_nonzero(joined["tokens"]) < np.count_nonzero(batch["tokens"])
+    foresee = _answer_scores.slopes(variant, **SETTINGS[variant])
+    reference = "live" if variant == "dft" else "none"
+    plain = loss_of(variant, scores=model_scores(reference=reference))
+    hinted = loss_of(
+        variant,
+        scores=model_scores(reference=reference, answers=3, foresee=foresee),
+    )
+    params = params_with_reference()
+    expected = value_and_grad(plain, params, memory(before), batch)
+    found = value_and_grad(hinted, params, memory(before), joined)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=5e-5, atol=5e-6),
+        found,
+        expected,
+    )
