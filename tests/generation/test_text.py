@@ -63,6 +63,8 @@ def test_answers_are_those_of_generate(fake, free):
         length = int(rollout.lengths[0])
         assert answer.tokens == rollout.tokens[0, :length].tolist()
         np.testing.assert_allclose(answer.logps, rollout.logps[0, :length], atol=1e-5)
+        drawn = rollout.sampling_logps[0, :length]
+        np.testing.assert_allclose(answer.sampling_logps, drawn, atol=1e-5)
         assert answer.prompt_tokens == len(ids[0])
         assert answer.text == decode(answer.tokens)
         assert answer.finish_reason == ("stop" if rollout.finished[0] else "length")
