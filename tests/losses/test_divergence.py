@@ -233,12 +233,12 @@ def test_gradient_where_student_and_teacher_are_the_same(rest):
         np.testing.assert_allclose([value, *slope], 0.0, atol=1e-15)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     student=distributions,
     teacher=distributions,
-    alpha=st.sampled_from(ALPHAS),
-    k=st.integers(1, 5),
+    alpha=st.sampled_from((0.0, 0.3, 1.0)),
+    k=st.sampled_from((2, 5)),
 )
 def test_supports_equal_the_oracle(student, teacher, alpha, k):
     """A bucket for the rest never adds to the divergence; the whole has none."""

@@ -51,7 +51,14 @@ def assert_equal(found, wanted, tolerance=1e-10):
 @pytest.mark.usefixtures("strict_dtypes")
 @pytest.mark.parametrize(
     ("alpha", "hint"),
-    [(0.0, "mask"), (0.4, "wrong"), (0.4, "grad_weights"), (1.0, "grad_weights")],
+    [
+        (0.0, "mask"),
+        (0.4, "wrong"),
+        (1.0, "grad_weights"),
+        pytest.param(0.0, "grad_weights", marks=pytest.mark.slow),
+        pytest.param(0.4, "grad_weights", marks=pytest.mark.slow),
+        pytest.param(1.0, "wrong", marks=pytest.mark.slow),
+    ],
 )
 def test_the_chunked_divergence_equals_the_plain_one(alpha, hint):
     """Values and gradients in float64, also where the hint is no help."""
@@ -145,7 +152,7 @@ def test_supports_equal_the_oracle(k):
 
 
 @pytest.mark.usefixtures("strict_dtypes")
-@pytest.mark.parametrize("k", [K, V])
+@pytest.mark.parametrize("k", [K, pytest.param(V, marks=pytest.mark.slow)])
 def test_gradients_of_a_support_equal_autodiff(k):
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
@@ -219,7 +226,9 @@ def full_values(hidden, head, other, other_head, mask=None, **options):
 FORMS = {"support": support_values, "full": full_values}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", ["support", pytest.param("full", marks=pytest.mark.slow)]
+)
 def test_masked_tokens_change_nothing_even_if_nan(form):
     def run(hidden, head, other, teacher):
         values = FORMS[form](
@@ -241,9 +250,8 @@ def test_masked_tokens_change_nothing_even_if_nan(form):
     np.testing.assert_array_equal(np.asarray(hidden_bar)[~MASK], 0.0)
 
 
-@pytest.mark.parametrize(
-    "form", ["full", pytest.param("support", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_is_computed_in_float32(form):
     low = [jnp.bfloat16(x) for x in (HIDDEN, OTHER)]
     student, teacher = heads(jnp.bfloat16)

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import pathlib
+import re
 import types
 
 import chex
@@ -161,6 +163,7 @@ def with_columns(batch, k=K):
     return batch | dict(zip(_distill_teacher.COLUMNS, said, strict=True))
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_says_what_the_live_one_does():
     batch = data.pad_batch(examples(), 16)
     cached = _distill_teacher.cached_teacher(alpha=ALPHA, temperature=TEMPERATURE)
@@ -190,7 +193,8 @@ def test_terms_are_mixed_by_their_coefficients():
     assert float(value) == pytest.approx(wanted, rel=2e-5)
 
 
-@pytest.mark.parametrize("top_k", [pytest.param(None, marks=pytest.mark.slow), K])
+@pytest.mark.slow
+@pytest.mark.parametrize("top_k", [None, K])
 def test_packing_and_what_is_masked_change_nothing(top_k):
     loss_fn = loss_with(compare_with(top_k=top_k))
     padded = data.pad_batch(examples(), 16)
@@ -311,10 +315,14 @@ def test_another_vocabulary_is_refused_by_its_tokens():
         rf"id {differing} is {' and '.join(texts)}",
     ):
         _distill_teacher.check_vocabulary(one, other)
-    run = types.SimpleNamespace(tokenizer=one, model=model(CONFIG))
-    small = model(TEACHER.replace(vocab_size=one.vocab_size - 1), 3)
+    whole, small = (
+        types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=size))
+        for size in (one.vocab_size + 8, one.vocab_size - 1)
+    )
+    run = types.SimpleNamespace(tokenizer=one, model=whole)
+    assert _distill_teacher.common_vocabulary(run, whole) == one.vocab_size + 8
     with pytest.raises(
-        VocabularyMismatchError, match=f"{one.vocab_size} ids, .* 64 and"
+        VocabularyMismatchError, match=f"teacher's {one.vocab_size - 1}"
     ):
         _distill_teacher.common_vocabulary(run, small)
 
@@ -371,3 +379,10 @@ def test_settings_that_contradict_each_other():
         distill.OnPolicySection(every=-1)
     with pytest.raises(ValueError, match="top_p"):
         distill.OnPolicySection(top_p=2.0)
+
+
+def test_the_guides_example_runs():
+    guide = pathlib.Path(__file__).parents[2] / "docs" / "distillation.md"
+    blocks = re.findall(r"```python\n(.*?)```", guide.read_text("utf-8"), re.DOTALL)
+    (block,) = blocks
+    exec(compile(block, str(guide), "exec"), {})
