@@ -49,7 +49,14 @@ def report(name: str, args: argparse.Namespace, clock: Clock, tokens, **more) ->
     expected = (sizes["batch"], sizes["new_tokens"])
     if tokens.shape != expected:
         raise SystemExit(f"{name} made {tokens.shape} tokens, expected {expected}")
-    median_s = statistics.median(clock.steps_s)
+    print_line(name, args, clock, tokens.ravel(), **more)
+
+
+def print_line(
+    name: str, args: argparse.Namespace, clock: Clock, tokens: np.ndarray, **more
+) -> None:
+    """One JSON line; `tokens`: those of the last call, integer `[n]`."""
+    sizes, median_s = args.sizes, statistics.median(clock.steps_s)
     line = {
         "name": name,
         "tokens_per_s": tokens.size / median_s,
@@ -59,7 +66,7 @@ def report(name: str, args: argparse.Namespace, clock: Clock, tokens, **more) ->
         "first_call_s": clock.first_s,
         "peak_bytes": peak_bytes(),
         # Random weights sample nearly uniformly: few tokens come twice.
-        "distinct": len(np.unique(tokens)) / tokens.size,
+        "distinct": len(np.unique(tokens)) / min(tokens.size, sizes["vocab"]),
         "threads": args.threads,
         "sizes": sizes,
         "malloc": os.environ.get("GLIBC_TUNABLES", ""),

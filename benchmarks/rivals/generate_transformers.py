@@ -8,6 +8,20 @@ from generate_settings import Clock, parse, prompts, report
 from sft_settings import transformers_llama
 
 
+def build_model(args, positions: int):
+    """The Llama of these sizes, random, ready to generate on all threads."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
+    config = transformers.LlamaConfig(
+        **transformers_llama(args.sizes, positions), attn_implementation="sdpa"
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 def main() -> None:
     args = parse(
         __doc__,
@@ -19,15 +33,8 @@ def main() -> None:
     import torch
     import transformers
 
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    transformers.logging.set_verbosity_error()
     sizes = args.sizes
-    config = transformers.LlamaConfig(
-        **transformers_llama(sizes, sizes["prompt"] + sizes["new_tokens"]),
-        attn_implementation="sdpa",
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = build_model(args, sizes["prompt"] + sizes["new_tokens"])
     settings = {
         "max_new_tokens": sizes["new_tokens"],
         "do_sample": True,

@@ -4,13 +4,10 @@ Runs in the rivals' environments too: standard library and NumPy only.
 """
 
 import argparse
-import json
-import os
-import statistics
 
 import numpy as np
 from generate_settings import SIZES as EVEN
-from sft_settings import Clock, peak_bytes
+from generate_settings import Clock, print_line
 from sft_settings import parse as parse_sizes
 
 SIZES = {**EVEN, "stream": 512, "mean_tokens": 64, "most_tokens": 512}
@@ -42,25 +39,8 @@ def report(
     `answers`: token ids of the last call's, in the order of the prompts; counted, and
     checked against the lengths of the stream.
     """
-    sizes = args.sizes
-    made, wanted = np.array([len(answer) for answer in answers]), stream(sizes)[1]
-    if not np.array_equal(made, wanted):
+    made = np.array([len(answer) for answer in answers])
+    if not np.array_equal(made, stream(args.sizes)[1]):
         raise SystemExit(f"{name} made {made.sum()} tokens, not those of the stream")
     tokens = np.concatenate([np.asarray(answer) for answer in answers])
-    median_s = statistics.median(clock.steps_s)
-    line = {
-        "name": name,
-        "tokens_per_s": tokens.size / median_s,
-        "call_s": median_s,
-        "calls_s": clock.steps_s,
-        "cpu_call_s": statistics.median(clock.cpu_steps_s),
-        "first_call_s": clock.first_s,
-        "peak_bytes": peak_bytes(),
-        # Random weights sample nearly uniformly: few tokens come twice.
-        "distinct": len(np.unique(tokens)) / min(tokens.size, sizes["vocab"]),
-        "threads": args.threads,
-        "sizes": sizes,
-        "malloc": os.environ.get("GLIBC_TUNABLES", ""),
-        **more,
-    }
-    print(json.dumps(line), flush=True)
+    print_line(name, args, clock, tokens, **more)

@@ -7,8 +7,8 @@ batching, `generate_batch`'s manager with a limit per request.
 
 import numpy as np
 from generate_settings import Clock
+from generate_transformers import build_model
 from rollout_settings import parse, report, stream
-from sft_settings import transformers_llama
 
 
 def main() -> None:
@@ -19,15 +19,8 @@ def main() -> None:
     import torch
     import transformers
 
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    transformers.logging.set_verbosity_error()
     sizes = args.sizes
-    config = transformers.LlamaConfig(
-        **transformers_llama(sizes, sizes["prompt"] + sizes["most_tokens"]),
-        attn_implementation="sdpa",
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = build_model(args, sizes["prompt"] + sizes["most_tokens"])
     settings = transformers.GenerationConfig(
         max_new_tokens=sizes["most_tokens"],
         do_sample=True,

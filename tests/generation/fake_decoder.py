@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpost import models
 from jaxpost.typing import Head, ModelOutput
 
 WIDTH = 16
@@ -72,3 +73,21 @@ class FakeDecoder:
     def init_cache(self, batch, length, dtype) -> FakeCache:
         shape = (batch, length, WIDTH)
         return FakeCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def tiny_llama() -> models.Model:
+    """The library's own decoder, two layers; positions up to 64."""
+    config = models.DecoderConfig(
+        family="llama",
+        vocab_size=VOCAB,
+        hidden_size=24,
+        intermediate_size=40,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=6,
+        max_positions=64,
+    )
+    # Sharper than a fresh head, so that greedy choices are no near-ties.
+    built = models.build(config, jax.random.key(1))
+    return built.replace(params=jax.tree.map(lambda leaf: 2.0 * leaf, built.params))

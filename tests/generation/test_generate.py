@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_decoder import VOCAB, FakeDecoder
+from fake_decoder import VOCAB, FakeDecoder, tiny_llama
 
 from jaxpost import generation, models, ops
 from jaxpost.generation import SamplingConfig
@@ -50,20 +50,7 @@ def fake():
 
 @pytest.fixture(scope="module")
 def model():
-    config = models.DecoderConfig(
-        family="llama",
-        vocab_size=VOCAB,
-        hidden_size=24,
-        intermediate_size=40,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=6,
-        max_positions=64,
-    )
-    # Sharper than a fresh head, so that greedy choices are no near-ties.
-    built = models.build(config, jax.random.key(1))
-    return built.replace(params=jax.tree.map(lambda leaf: 2.0 * leaf, built.params))
+    return tiny_llama()
 
 
 @pytest.fixture(params=["fake", "model"])
