@@ -87,7 +87,8 @@ def linear_sequence_logps(
     if chunk_size is None:
         chunk_size = default_chunk_size(head.weight.shape[1], dtype.itemsize)
     plain = token_logps is linear_token_logps and jax.device_count() == 1
-    if foresee is not None and plain and targets.shape[1] <= chunk_size:
+    # Without `foresee` too: the same arithmetic for a policy and its reference.
+    if plain and targets.shape[1] <= chunk_size:
         return foreseen_sequence_logps(
             hidden, head, targets, sequence_ids, count, foresee, operands, chunk_size
         )
@@ -102,7 +103,7 @@ def foreseen_sequence_logps(
     targets: jax.Array,
     sequence_ids: jax.Array,
     count: int,
-    foresee: Foresee,
+    foresee: Foresee | None,
     operands: Any,
     chunk_size: int,
 ) -> jax.Array:
@@ -174,7 +175,7 @@ def _sequences(static, packed: _Packed, operands) -> jax.Array:
 
 
 def _forward(static, packed, operands):
-    logps, *rest = _walk(static, packed, operands, with_grads=True)
+    logps, *rest = _walk(static, packed, operands, with_grads=static[2] is not None)
     return logps, (packed, *rest)
 
 
@@ -253,13 +254,16 @@ def _backward(static, saved, logps_bar):
     bars = jnp.append(logps_bar.reshape(-1), 0).astype(settings.dtype)
     # What is foreseen of a sequence without tokens says nothing.
     held = jnp.zeros(bars.size, bool).at[packed.slots].set(True)[:-1]
-    start, trips = scale_if_foreseen(
-        jnp.where(held, factors, 0),
-        inputs.trips,
-        grads,
-        jnp.where(held, bars[:-1], 0),
-        None,
-    )
+    if grads is None:
+        start, trips = zero_grads(settings, inputs), inputs.trips
+    else:
+        start, trips = scale_if_foreseen(
+            jnp.where(held, factors, 0),
+            inputs.trips,
+            grads,
+            jnp.where(held, bars[:-1], 0),
+            None,
+        )
     stats = Stats(log_norms[None], log_norms[None], None, None)
     found = gradient_sweep(
         settings, inputs, stats, bars[packed.slots][None], None, start, trips
