@@ -17,6 +17,7 @@ from jaxpost import cli, recipes, training, weights
 from jaxpost.recipes import _answer_scores
 from jaxpost.recipes._reference import StaleReferenceError
 from jaxpost.recipes.discriminative import DiscriminativeConfig
+from jaxpost.recipes.negatives import NegativesConfig, run_negatives
 
 ROOT = pathlib.Path(__file__).parents[2]
 ROWS = "builtin:arithmetic_negatives?grades=1&slips=copy"
@@ -103,18 +104,23 @@ class Killed(BaseException):
     pass
 
 
-def test_resuming_is_the_same_run_bit_for_bit(finished, tmp_path, monkeypatch):
-    """Killed in the second epoch after a save in the first; other columns follow."""
+def killed_at(step):
+    """`RunFolder.log_metrics` that dies once it has logged a step."""
     log = training.RunFolder.log_metrics
 
     def die(self, line):
         log(self, line)
-        if line["step"] == 5:
+        if line["step"] == step:
             raise Killed
 
+    return die
+
+
+def test_resuming_is_the_same_run_bit_for_bit(finished, tmp_path, monkeypatch):
+    """Killed in the second epoch after a save in the first; other columns follow."""
     config = load(tmp_path, *QUICK)
     with monkeypatch.context() as patch:
-        patch.setattr(training.RunFolder, "log_metrics", die)
+        patch.setattr(training.RunFolder, "log_metrics", killed_at(5))
         with pytest.raises(Killed):
             recipes.run(config)
     state = recipes.run(config, resume=True)
@@ -376,3 +382,44 @@ def test_two_processes_are_the_same_run(tmp_path):
     visits = found["method_state/visits"]
     np.testing.assert_array_equal(visits, wanted["method_state/visits"])
     assert visits.sum() == 2 * 16
+
+
+@pytest.mark.slow
+def test_real_problems_with_sampled_negatives(shared_data, tmp_path, monkeypatch):
+    """GSM8K, negatives of stories260K by the command; killed once and resumed."""
+    stories = shared_data / "weights" / "stories260K"
+    problems = shared_data / "prompts" / "gsm8k_train_2000.jsonl"
+    if not stories.is_dir() or not problems.is_file():
+        pytest.skip("real data not found: stories260K or gsm8k_train_2000.jsonl")
+    file = tmp_path / "negatives.jsonl"
+    sampling = NegativesConfig(
+        model=str(stories),
+        data=str(problems),
+        out=str(file),
+        columns={"prompt": "question", "completion": "answer"},
+        prompt_suffix="\n",
+        max_new_tokens=24,
+        limit=24,
+        on_bad_row="skip",
+        progress="none",
+    )
+    run_negatives(sampling)
+    rows = {"train": str(file), "eval": None, "eval_rows": 0, "max_length": 512}
+    rows |= {"on_bad_row": "skip"}
+    changes = {"model": {"path": str(stories)}, "data": rows}
+    rate = ("--optimizer.learning-rate", "1e-4", "--log-u.initial", "0")
+    for p0 in ("sampling_prompt", "train_prompt"):
+        flags = (*QUICK, *rate, "--p0", p0)
+        whole = recipes.run(load(tmp_path, *flags, "--name", p0, **changes))
+        config = load(tmp_path, *flags, "--name", f"{p0}-cut", **changes)
+        with monkeypatch.context() as patch:
+            patch.setattr(training.RunFolder, "log_metrics", killed_at(4))
+            with pytest.raises(Killed):
+                recipes.run(config)
+        again = recipes.run(config, resume=True)
+        for name, table in whole.method_state.items():
+            np.testing.assert_array_equal(again.method_state[name], table)
+        lines = [line for line in metrics(tmp_path / p0) if "loss" in line]
+        assert np.isfinite([line["loss"] for line in lines]).all()
+        if p0 == "train_prompt":  # at the first step the policy is the reference
+            assert lines[0]["log_u/mean"] == pytest.approx(0.0, abs=1e-4)
