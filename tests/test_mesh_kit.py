@@ -105,6 +105,7 @@ def test_unsplit_parameters_are_refused():
         check(step, state, FAST[1:], rules=everywhere)
 
 
+@pytest.mark.slow
 def test_another_loss_is_refused():
     traced = []
 

@@ -45,6 +45,7 @@ def test_quick_config_runs_end_to_end(tmp_path, capsys):
     assert "already holds a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ppo_improves_the_true_return():
     """Smaller and shorter than the config: not to the end, but far from chance.
 

@@ -159,6 +159,7 @@ def test_resuming_is_the_same_run_bit_for_bit(reference, tmp_path, die_after_fou
     assert not (tmp_path / "toy" / "pairs").exists()
 
 
+@pytest.mark.slow
 def test_precomputed_columns_give_the_same_run_and_are_refused_when_stale(
     finished, tmp_path
 ):

@@ -66,6 +66,7 @@ def metrics(folder):
     return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_it_learns_and_exports_twice(finished):
     lines = metrics(finished)
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.05
@@ -78,6 +79,7 @@ def test_it_learns_and_exports_twice(finished):
     assert fields["target_modules"] == ["q_proj", "v_proj", "down_proj"]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_holds_the_adapters_and_their_moments_only(finished):
     hashes, _ = training.checkpoint_hashes(finished / "checkpoints", 6)
     named = {name for name in hashes if "layers" in name or "embed" in name}
@@ -87,6 +89,7 @@ def test_the_checkpoint_holds_the_adapters_and_their_moments_only(finished):
     assert len(named) == 3 * 2 * 3  # three targets; weights and two moments
 
 
+@pytest.mark.slow
 def test_resuming_is_the_same_run_and_the_export_is_base_plus_adapter(
     finished, tmp_path
 ):
@@ -124,6 +127,7 @@ def test_resuming_is_the_same_run_and_the_export_is_base_plus_adapter(
         np.testing.assert_allclose(one, two, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_another_base_is_refused_on_resume(finished, tmp_path):
     config = load(tmp_path, "--export.enabled", "False", "--train.steps", "3")
     recipes.run(config)
@@ -138,6 +142,7 @@ def test_another_base_is_refused_on_resume(finished, tmp_path):
         recipes.run(other, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_a_quantised_base(kind, tmp_path):
     pytest.importorskip("qwix", reason="needs the extra `quant`")

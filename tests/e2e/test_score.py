@@ -98,6 +98,7 @@ def whole_logps(model, example):
     return sum(logps[t - 1, example.tokens[t]] for t in places)
 
 
+@pytest.mark.slow
 def test_scores_are_log_ratios_of_the_answers(place, finished):
     out, summary = finished
     policy, start = (weights.load(place / name) for name in ("policy", "start"))
@@ -122,6 +123,7 @@ def test_scores_are_log_ratios_of_the_answers(place, finished):
     assert (out.parent / "scores.margins.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_rewards_are_read_at_the_last_token(place, tmp_path):
     out = tmp_path / "rewards.jsonl"
     config = ScoreConfig(
@@ -294,6 +296,7 @@ def test_lengths_come_in_few_buckets():
         assert bucket == 64 or bucket <= 1.5 * length
 
 
+@pytest.mark.slow
 def test_real_dialogues_with_real_weights(shared_data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GLIBC_TUNABLES", cli.HUGE_PAGES)
     stories = shared_data / "weights" / "stories260K"
@@ -315,6 +318,7 @@ def test_real_dialogues_with_real_weights(shared_data, tmp_path, monkeypatch, ca
     assert by_length["chosen is longer"]["accuracy"] < 0.3
 
 
+@pytest.mark.slow
 def test_a_padding_id_is_never_the_last_token():
     """As transformers reads an exported reward model, whose padding may be its end."""
     config = models.DecoderConfig(

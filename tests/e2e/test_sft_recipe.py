@@ -149,6 +149,7 @@ def test_data_check_lists_what_is_wrong(config_file, tmp_path, capsys):
     assert "nothing_supervised" in shown
 
 
+@pytest.mark.slow
 def test_a_tokenizer_larger_than_the_model_is_refused(config_file, finished, tmp_path):
     flags = ["--run-root", str(tmp_path), "--model.path", str(finished / "export")]
     flags += ["--data.train", "builtin:python-stdlib", "--data.eval", "None"]

@@ -124,7 +124,9 @@ def test_masked_tokens_change_nothing():
         jax.tree.map(np.testing.assert_array_equal, gradients, other)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("qwen3", marks=pytest.mark.slow), "gemma2"]
+)
 def test_gradient_equals_a_directional_difference(name):
     config = families.CONFIGS[name]
     with jax.enable_x64(True):

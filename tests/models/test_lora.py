@@ -126,7 +126,9 @@ def test_merging_a_narrow_base_keeps_what_was_added():
     np.testing.assert_allclose(plain["up"]["kernel"], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("llama", marks=pytest.mark.slow), "qwen3"]
+)
 def test_gradients_are_those_of_the_merged_kernels_by_the_chain_rule(name):
     """`dA = s dW B'` and `dB = s A' dW`, with `dW` from a model without adapters."""
     model, _ = adapted(name)
@@ -186,7 +188,14 @@ def test_adapters_compute_in_the_dtype_of_the_activations():
     assert hidden(model).hidden.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param("none", marks=pytest.mark.slow),
+        pytest.param("dots", marks=pytest.mark.slow),
+        "full",
+    ],
+)
 def test_remat_changes_no_gradient(remat):
     model, _ = adapted("llama")
     other = models.Model(model.params, model.config.replace(remat=remat))
@@ -202,6 +211,7 @@ def test_remat_changes_no_gradient(remat):
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-4 * np.abs(two).max())
 
 
+@pytest.mark.slow
 def test_the_wide_outputs_of_adapters_are_not_stored():
     """The backward pass holds the narrow `x A` of each adapter, not `x A B` too."""
     config = families.config(

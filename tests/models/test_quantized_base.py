@@ -92,6 +92,7 @@ def test_values_are_near_and_narrow(qwix, kind, dtype, worst):
             assert one is two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_adapters_train_on_it_and_resume(qwix, kind, tmp_path):
     model = models.quantize_base(adapted(), kind)
@@ -117,6 +118,7 @@ def test_adapters_train_on_it_and_resume(qwix, kind, tmp_path):
             checkpoints.restore(state)
 
 
+@pytest.mark.slow
 def test_kernels_are_widened_one_layer_at_a_time(qwix):
     """The compiled step has no room for the whole wide base."""
     config = families.config(

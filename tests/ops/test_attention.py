@@ -273,6 +273,7 @@ def test_chunked_stores_no_scores():
     assert extra_bytes("chunked") < scores / 4
 
 
+@pytest.mark.slow
 def test_forward_mode_and_second_order_work_densely():
     query, key, value = inputs(4, 4, heads=2, kv_heads=2)
     positions = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), (2, 4))

@@ -470,6 +470,7 @@ def largest_array(program):
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["discriminative", pytest.param("dpo", marks=pytest.mark.slow)]
 )
@@ -515,6 +516,7 @@ def test_no_array_has_the_size_of_all_logits(method):
     assert largest_array(program(token_logps=dense)) >= logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant", ["dft", pytest.param("dft2", marks=pytest.mark.slow)]
 )

@@ -192,6 +192,7 @@ def test_padding_on_either_side_and_longer_rows_change_nothing():
             np.testing.assert_allclose(one, two, atol=1e-5 * np.abs(one).max() + 1e-9)
 
 
+@pytest.mark.slow
 def test_masked_tokens_and_rows_of_padding_change_nothing():
     items, params = pairs(6), params_with_reference()
     batch = batch_of(items)
@@ -221,6 +222,7 @@ def test_the_order_of_pairs_does_not_matter_and_swapping_answers_turns_the_margi
     np.testing.assert_allclose(backwards["margins"][::-1], found["margins"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_all_references_agree():
     """A live copy, its log-probs as columns, and the base under adapters."""
     batch = batch_of(pairs())
@@ -264,7 +266,8 @@ def test_no_gradient_reaches_a_live_reference():
     assert any(np.any(leaf) for leaf in jax.tree.leaves(grads["layers"]))
 
 
-@pytest.mark.parametrize("accumulate", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [2, 4])
 def test_microbatches_are_the_whole_batch(accumulate):
     tx = optax.sgd(0.1)
     frozen = {"reference": model(1).params}
@@ -348,7 +351,11 @@ def test_mesh_kit():
     )
 
 
-@pytest.mark.parametrize("hint", [None, "r3m"], ids=["tokens", "foreseen"])
+@pytest.mark.parametrize(
+    "hint",
+    [pytest.param(None, marks=pytest.mark.slow), "r3m"],
+    ids=["tokens", "foreseen"],
+)
 def test_joined_answers_give_the_same(hint, monkeypatch):
     """Prompts once in a row, and gradients formed at once, change no number."""
     if hint is not None:  # as on one device

@@ -52,6 +52,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_memory_of_a_step_with_recomputed_layers():
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
