@@ -35,9 +35,8 @@ def test_three_tokens_by_hand_and_the_end_token_counts():
 
 
 def test_four_answers_of_one_token():
-    total, _ = reward(
-        *(np.log(p)[:, None] for p in (POLICY_SFT, POLICY_BASE)), np.ones((4, 1), bool)
-    )
+    sft, base = (np.log(p)[:, None] for p in (POLICY_SFT, POLICY_BASE))
+    total, _ = reward(sft, base, np.ones((4, 1), bool))
     wanted = [-0.916291, 0.510826, 0.287682, 0.693147]
     np.testing.assert_allclose(total, wanted, atol=5e-7)
     # KL(sft, base), never negative, and minus KL(base, sft), never positive.
@@ -63,7 +62,7 @@ def test_masked_tokens_change_nothing(rubbish):
     wide = [np.full((2, 9), rubbish) for _ in range(2)]
     for array, values in zip(wide, (sft, base), strict=True):
         array[mask] = values.ravel()
-    found = reward(*wide, mask)
+    found = reward(wide[0], wide[1], mask)
     np.testing.assert_allclose(found.rewards, alone.rewards, rtol=1e-14)
     np.testing.assert_array_equal(
         found.token_rewards[mask], alone.token_rewards.ravel()
