@@ -8,6 +8,7 @@ from jaxpost.losses._discriminative import (
     init_log_u,
 )
 from jaxpost.losses._divergence import Rest, divergence, support_divergence
+from jaxpost.losses._importance import importance_weights
 from jaxpost.losses._pairwise import (
     bradley_terry,
     dpo_margins,
@@ -24,6 +25,7 @@ from jaxpost.losses._pairwise_config import (
 from jaxpost.losses._policy import ClippedPolicyOutput, clipped_policy
 from jaxpost.losses._r3m import R3MOutput, r3m
 from jaxpost.losses._sft import sft
+from jaxpost.losses._token_weights import token_weights
 from jaxpost.losses._value import clipped_value
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "divergence",
     "dpo_margins",
     "hinge",
+    "importance_weights",
     "init_log_u",
     "ipo",
     "pairwise_loss",
@@ -51,4 +54,5 @@ __all__ = [
     "robust_dpo",
     "sft",
     "support_divergence",
+    "token_weights",
 ]

@@ -1,5 +1,6 @@
 """Arithmetic that every room shares; arrays in, arrays out."""
 
+from jaxpost.ops._answers import answer_sums, per_answer
 from jaxpost.ops._attention import attention
 from jaxpost.ops._branches import branch_numbers, predictors
 from jaxpost.ops._chunks import default_chunk_size
@@ -26,6 +27,7 @@ from jaxpost.ops._trees import join_trees
 
 __all__ = [
     "Support",
+    "answer_sums",
     "at_least_float32",
     "attention",
     "branch_numbers",
@@ -44,6 +46,7 @@ __all__ = [
     "masked_mean",
     "masked_sum",
     "masked_variance",
+    "per_answer",
     "predictors",
     "ratio",
     "shift_targets",

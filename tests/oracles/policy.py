@@ -85,3 +85,43 @@ def clipped_value(value, old_value, wanted, clip=None):
         return plain / 2.0
     near = min(max(value, old_value - clip), old_value + clip)
     return max(plain, (near - wanted) ** 2) / 2.0
+
+
+def answer_sums(values, ids, answers):
+    sums = np.zeros((len(values), answers))
+    for b, row in enumerate(ids):
+        for w, answer in enumerate(row):
+            if 0 <= answer < answers:
+                sums[b][answer] += values[b][w]
+    return sums
+
+
+def divided_loss(values, ids, answers, divide_by, max_tokens):
+    """The loss of a batch of tokens, answer by answer.
+
+    `token`: arXiv 2503.14476, section 3.3; `sequence`: arXiv 2402.03300, eq. 3;
+    `constant`: arXiv 2503.20783, section 3.
+    """
+    rows = []  # of each row, of each answer, its tokens' values
+    for row_values, row in zip(values, ids, strict=True):
+        groups = [[] for _ in range(answers)]
+        for value, answer in zip(row_values, row, strict=True):
+            if answer >= 0:
+                groups[answer].append(value)
+        rows.append([group for group in groups if group])
+
+    def mean(numbers):
+        return sum(numbers) / len(numbers) if numbers else 0.0
+
+    found = [group for groups in rows for group in groups]
+    if divide_by == "token":
+        return mean([value for group in found for value in group])
+    if divide_by == "sequence":
+        return mean([mean(group) for group in found])
+    if divide_by == "group":
+        return mean([mean([v for g in groups for v in g]) for groups in rows if groups])
+    return mean([sum(group) / max_tokens for group in found])
+
+
+def importance_weight(logp, sampling_logp, cap):
+    return min(math.exp(logp - sampling_logp), cap)
