@@ -18,7 +18,7 @@ from jaxpost.data._arithmetic_pairs import (
     arithmetic_pair_rows,
 )
 from jaxpost.data._batches import Batches
-from jaxpost.data._branches import join_answers, joined_widths
+from jaxpost.data._branches import join_answers, join_samples, joined_widths
 from jaxpost.data._check import DataCheck, DataProblem, check_data
 from jaxpost.data._columns import (
     Format,
@@ -68,6 +68,7 @@ from jaxpost.data._pairs import (
     split_id,
     with_columns,
 )
+from jaxpost.data._prompts import Prompt, load_prompts, number_prompts
 from jaxpost.data._records import Row, read_jsonl
 from jaxpost.data._show import (
     TokenView,
@@ -106,6 +107,7 @@ __all__ = [
     "OnBadRow",
     "OnTooLong",
     "Pair",
+    "Prompt",
     "Row",
     "TokenRow",
     "TokenView",
@@ -131,14 +133,17 @@ __all__ = [
     "fingerprint",
     "join_answers",
     "join_ids",
+    "join_samples",
     "joined_widths",
     "load_answers",
     "load_examples",
     "load_pairs",
+    "load_prompts",
     "load_rows",
     "load_tokenizer",
     "make_tokenizer",
     "normalize_row",
+    "number_prompts",
     "pack",
     "packing_efficiency",
     "pad",

@@ -66,6 +66,62 @@ def join_answers(
     return joined
 
 
+def join_samples(
+    prompts: Sequence[np.ndarray],
+    answers: Sequence[Sequence[np.ndarray]],
+    width: int,
+    columns: Mapping[str, Sequence[Sequence[np.ndarray]]] | None = None,
+    *,
+    pad_id: int = 0,
+) -> dict[str, np.ndarray]:
+    """Prompts with answers just sampled: one row each, the answers as its branches.
+
+    Args:
+        prompts: token ids, one integer array per row.
+        answers: of each row its answers' tokens, not empty.
+        width: columns W.
+        columns: numbers of each token of each answer, by name.
+        pad_id: token put where nothing is.
+
+    Returns:
+        `tokens`, `positions`, `segment_ids` int32 `[R, W]` and `loss_mask` bool `[R,
+        W]`, True on the answers' tokens, answer `a` in branch `a + 1`; and the columns,
+        float32 `[R, W]`, each number at its token, 0 elsewhere.
+
+    Raises:
+        ValueError: a row needs more than W tokens.
+    """
+    shape = (len(prompts), width)
+    batch = {
+        name: np.zeros(shape, np.int32)
+        for name in ("tokens", "positions", "segment_ids")
+    }
+    batch["tokens"][:] = pad_id
+    batch["loss_mask"] = np.zeros(shape, bool)
+    columns = columns or {}
+    batch |= {name: np.zeros(shape, np.float32) for name in columns}
+    for row, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
+        start, needed = len(prompt), len(prompt) + sum(map(len, group))
+        if needed > width:
+            raise ValueError(
+                f"row {row} has {needed} tokens, its prompt counted once, where "
+                f"{width} fit."
+            )
+        batch["tokens"][row, :start] = prompt
+        batch["positions"][row, :start] = np.arange(start)
+        batch["segment_ids"][row, :start] = 1
+        for branch, answer in enumerate(group, 1):
+            here = slice(start, start + len(answer))
+            batch["tokens"][row, here] = answer
+            batch["positions"][row, here] = len(prompt) + np.arange(len(answer))
+            batch["segment_ids"][row, here] = 1 + branch * BRANCH
+            batch["loss_mask"][row, here] = True
+            for name, values in columns.items():
+                batch[name][row, here] = values[row][branch - 1]
+            start = here.stop
+    return batch
+
+
 def joined_widths(
     rows: Sequence[TokenRow], answers: int | None = None
 ) -> dict[int, int]:

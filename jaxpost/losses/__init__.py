@@ -22,7 +22,7 @@ from jaxpost.losses._pairwise_config import (
     PairwiseOutput,
     pairwise_loss,
 )
-from jaxpost.losses._policy import ClippedPolicyOutput, clipped_policy
+from jaxpost.losses._policy import ClippedPolicyOutput, check_clips, clipped_policy
 from jaxpost.losses._r3m import R3MOutput, r3m
 from jaxpost.losses._sft import sft
 from jaxpost.losses._token_weights import token_weights
@@ -38,6 +38,7 @@ __all__ = [
     "Rest",
     "adaptive_scaling",
     "bradley_terry",
+    "check_clips",
     "check_discriminative",
     "clipped_policy",
     "clipped_value",

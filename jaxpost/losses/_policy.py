@@ -73,7 +73,7 @@ def clipped_policy(
     1707.06347, eq. 7; two clip settings: Yu et al. (2025), DAPO, arXiv 2503.14476,
     section 3.1; dual clip: Ye et al. (2020), arXiv 1912.09729, eq. 5.
     """
-    _check_clips(clip_low, clip_high, dual_clip)
+    check_clips(clip_low, clip_high, dual_clip)
     chex.assert_rank(logps, 2)
     chex.assert_equal_shape([logps, old_logps, advantages, mask])
     chex.assert_type(mask, bool)
@@ -109,7 +109,12 @@ def clipped_policy(
     )
 
 
-def _check_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
+def check_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
+    """Refuses settings of `clipped_policy` that are out of range.
+
+    Raises:
+        ValueError: the message names the setting.
+    """
     if not 0.0 < clip_low <= 1.0:
         raise ValueError(f"clip_low must lie in (0, 1], got {clip_low}.")
     if not 0.0 < clip_high < math.inf:

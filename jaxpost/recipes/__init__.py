@@ -20,6 +20,7 @@ RECIPES = {
     "discriminative": ("jaxpost.recipes.discriminative", "DiscriminativeConfig"),
     "distill": ("jaxpost.recipes.distill", "DistillConfig"),
     "dpo": ("jaxpost.recipes.dpo", "DPOConfig"),
+    "grpo": ("jaxpost.recipes.grpo", "GRPOConfig"),
     "reward": ("jaxpost.recipes.reward", "RewardConfig"),
     "sft": ("jaxpost.recipes.sft", "SFTConfig"),
 }

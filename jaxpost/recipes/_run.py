@@ -19,8 +19,8 @@ import optax
 from jaxpost import data, evaluation, models, parallel, training
 from jaxpost.recipes import _setup
 from jaxpost.recipes._config import ConfigError, to_mapping
-from jaxpost.recipes._samples import with_samples
-from jaxpost.typing import LossFn, Params
+from jaxpost.recipes._samples import EvalFn, with_samples
+from jaxpost.typing import Batch, LossFn, Params
 
 SHOWN_TOKENS = 160
 SHOWN_TEXTS = 3
@@ -74,6 +74,8 @@ class Run:
         method_axes: Any = None,
         frozen: Params | None = None,
         prepare: Callable[..., Any] | None = None,
+        batches: Iterator[Batch] | None = None,
+        eval_fn: EvalFn | None = None,
     ) -> training.TrainState:
         """Runs the loop: evaluation, checkpoints, logs, trackers.
 
@@ -86,6 +88,8 @@ class Run:
             frozen: what else the loss reads, such as `{"reference": ...}`, beside the
                 model's own parameters; shares no array with those that are trained.
             prepare: makes the batch that is trained on, see `training.train`.
+            batches: to train on instead of the run's own.
+            eval_fn: instead of `loss_fn` on the held-out rows.
 
         Returns:
             The state after the last step.
@@ -109,13 +113,13 @@ class Run:
                     step, max_traces=self.lengths, state_shardings=placement
                 ),
                 state,
-                self.batches,
+                self.batches if batches is None else batches,
                 total_steps=self.total_steps,
                 prepare=prepare,
                 place=self.layout.place_batch,
                 count=self.layout.count_tokens,
                 schedule=self.schedule,
-                eval_fn=self._eval_fn(loss_fn),
+                eval_fn=eval_fn or self._eval_fn(loss_fn),
                 eval_every=section.eval_every or None,
                 save_every=section.save_every or None,
                 log_every=section.log_every,
@@ -246,6 +250,7 @@ def open_run(
     resume: bool = False,
     kind: _setup.RowKind = _setup.TEXTS,
     head: Literal["vocabulary", "score"] = "vocabulary",
+    updates: int = 1,
 ) -> Iterator[Run]:
     """Opens everything a config names, and writes the head of the run folder.
 
@@ -254,6 +259,7 @@ def open_run(
         resume: the run folder may exist and is gone on with.
         kind: what the rows are: single texts, preference pairs, ...
         head: what the model ends in; a score head is made if it has none.
+        updates: optimizer steps per batch of rows.
 
     Raises:
         ConfigError: `resume` without a run, or settings that do not fit the data.
@@ -290,7 +296,7 @@ def open_run(
     rows = _setup.token_rows(examples.train, config.data, tokenizer, kind)
     batches = _batches(rows, config.train.batch_size, layout, kind, seed=config.seed)
     total_steps = config.train.steps or max(
-        1, math.floor(config.train.epochs * batches.batches_per_epoch)
+        1, math.floor(config.train.epochs * batches.batches_per_epoch) * updates
     )
     tx, schedule = training.build_optimizer(config.optimizer, total_steps)
     folder = training.create_run(
@@ -301,7 +307,7 @@ def open_run(
         resume=resume,
     )
     with folder:
-        _show(config, tokenizer, examples, rows, model, kind.name)
+        _show(config, tokenizer, examples, rows, model, kind)
         yield Run(
             config=config,
             kind=kind,
@@ -319,7 +325,7 @@ def open_run(
             if examples.eval
             else [],
             total_steps=total_steps,
-            lengths=len({row["tokens"].shape for row in rows}),
+            lengths=len({tuple(a.shape for a in row.values()) for row in rows}),
             resume=resume,
         )
 
@@ -365,7 +371,7 @@ def _show(
     examples: _setup.Examples,
     rows: list[data.TokenRow],
     model: models.Model,
-    word: str,
+    kind: _setup.RowKind,
 ) -> None:
     """Says what was opened, with one example as the model will see it."""
     import rich.console
@@ -373,8 +379,6 @@ def _show(
     if jax.process_index() != 0:
         return
     console = rich.console.Console()
-    texts = examples.texts(examples.train)
-    tokens = sum(len(text) for text in texts)
     console.print(
         f"model: {model.config.family}, {model.param_count():,} parameters; "
         f"tokenizer: {tokenizer.vocab_size:,} ids"
@@ -389,13 +393,18 @@ def _show(
             highlight=False,
         )
     console.print(f"data: {examples.bad_rows.summary()}", highlight=False)
+    word, texts = kind.name, examples.texts(examples.train)
+    tokens = sum(len(text) for text in texts)
+    full = (
+        f" ({100 * data.packing_efficiency(rows):.0f}% full)" if kind.answered else ""
+    )
     console.print(
         f"train: {len(examples.train):,} {word}s, {tokens:,} tokens in {len(rows):,} "
-        f"rows ({100 * data.packing_efficiency(rows):.0f}% full); "
-        f"held out: {len(examples.eval):,} {word}s"
+        f"rows{full}; held out: {len(examples.eval):,} {word}s"
     )
     console.print(f"first {word} (green is trained on):", style="dim")
     for text in _setup.texts_of(examples.train[0])[:SHOWN_TEXTS]:
         console.print(data.render_text(text, tokenizer, limit=SHOWN_TOKENS))
-    masked = np.mean([text.loss_mask.mean() for text in texts])
-    console.print(f"trained on: {100 * masked:.0f}% of a text's tokens on average")
+    if kind.answered:
+        share = np.mean([text.loss_mask.mean() for text in texts])
+        console.print(f"trained on: {100 * share:.0f}% of a text's tokens on average")

@@ -39,16 +39,19 @@ class RowKind:
             single texts, as the config says; else an item has several `texts`.
         joined: whether batches hold the texts of a row in one, their prompt only once
             (`data.join_answers`).
+        answered: False for prompts, whose answers are yet to be drawn.
     """
 
     name: str
     load: Callable[..., list[Any]]
     pad: Callable[..., list[data.TokenRow]] | None = None
     joined: bool = False
+    answered: bool = True
 
 
 TEXTS = RowKind("example", data.load_examples)
 PAIRS = RowKind("pair", data.load_pairs, data.pad_pairs, joined=True)
+PROMPTS = RowKind("prompt", data.load_prompts, data.number_prompts, answered=False)
 
 
 @dataclasses.dataclass(frozen=True)

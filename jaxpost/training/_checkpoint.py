@@ -2,9 +2,10 @@
 
 A checkpoint is a folder `step_00000010/` that appears by one rename once everything
 in it is on disk, so a crash leaves either a complete checkpoint or none. It holds the
-train state (leaves by key path), and as JSON: the place in the data, the state of a
-NumPy generator, the user's values, metrics, and the leaves' shapes and dtypes. Frozen
-parameters of a `TrainState` are not stored, only their fingerprint.
+train state (leaves by key path) and arrays of the host, such as a round of rollouts;
+and as JSON: the place in the data, the state of a NumPy generator, the user's values,
+metrics, and the leaves' shapes and dtypes. Frozen parameters of a `TrainState` are not
+stored, only their fingerprint.
 """
 
 import functools
@@ -30,6 +31,8 @@ from jaxpost.training._step import leaf_name
 log = logging.getLogger("jaxpost")
 
 _STEP = re.compile(r"step_(\d{8,})")
+# Before the names of arrays of the host, beside those of the state's leaves.
+_HOST = "host:"
 # What Orbax and TensorStore raise on a failed write or read.
 _IO_ERRORS = (OSError, ValueError, RuntimeError, KeyError)
 
@@ -48,6 +51,7 @@ class Restored(NamedTuple):
         host_rng: state of the NumPy generator, or None.
         user: the user's JSON value, or None.
         metrics: what was evaluated at that step.
+        arrays: of the host, by name.
     """
 
     step: int
@@ -56,6 +60,7 @@ class Restored(NamedTuple):
     host_rng: Any
     user: Any
     metrics: dict[str, float]
+    arrays: dict[str, np.ndarray]
 
 
 class Checkpoints:
@@ -111,6 +116,7 @@ class Checkpoints:
         host_rng: np.random.Generator | None = None,
         user: Any = None,
         metrics: Mapping[str, float] | None = None,
+        arrays: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Starts saving; returns once `state` may be donated.
 
@@ -122,6 +128,7 @@ class Checkpoints:
             host_rng: NumPy generator to go on with after a restore.
             user: any JSON value.
             metrics: values at this step; `best_metric` among them ranks it.
+            arrays: of the host by name, of any shapes; the same in each process.
 
         Raises:
             CheckpointError: this save could not start, or the one before had failed.
@@ -140,9 +147,13 @@ class Checkpoints:
             "host_rng": None if host_rng is None else host_rng.bit_generator.state,
             "user": user,
             "metrics": {name: float(v) for name, v in (metrics or {}).items()},
+            "arrays": {name: _describe(a) for name, a in (arrays or {}).items()},
         }
         stored = {
             name: _storable(leaf) for name, leaf in leaves.items() if np.size(leaf)
+        }
+        stored |= {
+            _HOST + name: np.array(a) for name, a in (arrays or {}).items() if a.size
         }
         try:
             self._orbax().save(
@@ -222,6 +233,11 @@ class Checkpoints:
         templates = {
             name: _template(leaf) for name, leaf in wanted.items() if np.size(leaf)
         }
+        arrays = {
+            name: np.empty(shape, dtype)
+            for name, (shape, dtype) in info.get("arrays", {}).items()
+        }
+        templates |= {_HOST + name: a for name, a in arrays.items() if a.size}
         try:
             stored = self._orbax().restore(
                 self.path(step),
@@ -240,6 +256,10 @@ class Checkpoints:
             host_rng=info["host_rng"],
             user=info["user"],
             metrics=info["metrics"],
+            arrays={
+                name: np.asarray(stored.get(_HOST + name, empty))
+                for name, empty in arrays.items()
+            },
         )
 
     def steps(self) -> list[int]:

@@ -5,7 +5,7 @@ Takes functions and iterators; knows no method, model or file format.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,9 @@ def train(
         step: from `compile_step`, or a pure step, which is then compiled with donation.
         state: where to start; donated, so use the returned one.
         batches: iterator of host batches. With `state()` (JSON values) and `restore()`
-            its place is saved and restored; with `epoch` (a float) it is logged.
+            its place is saved and restored, with `arrays()` (NumPy arrays by name) also
+            what it holds, which `restore` is then given as well; with `epoch` (a float)
+            it is logged, and so are `numbers` (floats by name) of its own.
         total_steps: optimizer steps at the end, counted from the run's first.
         prepare: from the number of a step (from 1), the state before it and its host
             batch to the one that is trained on, such as with answers sampled for its
@@ -186,8 +188,10 @@ def _run_steps(
         for number in range(loop.start + 1, total + 1):
             batch = prepare(number, state, _next(batches, number, total))
             state, metrics = loop.step(state, place(batch))
-            epoch = getattr(batches, "epoch", None)
-            loop.push(number, metrics, count(batch), epoch, state)
+            extra = dict(getattr(batches, "numbers", {}))
+            if (epoch := getattr(batches, "epoch", None)) is not None:
+                extra["epoch"] = epoch
+            loop.push(number, metrics, count(batch), extra, state)
             evaluates, saves = (True, True) if number == total else due(number)
             asked = number < total and stop.asked(number)
             loop.milestone(
@@ -266,14 +270,14 @@ class _Loop:
         self.window_start = time.perf_counter()
         self.window_step = start
 
-    def push(self, number, metrics, tokens, epoch, state) -> None:
+    def push(self, number, metrics, tokens, extra, state) -> None:
         """Takes step `number`'s numbers; checks and logs those of the step before."""
         logged = number % self.log_every == 0 or number == self.total_steps
         fetched = metrics if logged else {"nonfinite": metrics["nonfinite"]}
         for value in fetched.values():
             value.copy_to_host_async()
         previous = self.pending
-        self.pending = (number, fetched, tokens, epoch, tuple(metrics), logged)
+        self.pending = (number, fetched, tokens, extra, tuple(metrics), logged)
         if previous is not None:
             self._finish(previous, state)
 
@@ -284,7 +288,7 @@ class _Loop:
             self._finish(pending, state)
 
     def _finish(self, pending, state) -> None:
-        number, fetched, tokens, epoch, names, logged = pending
+        number, fetched, tokens, extra, names, logged = pending
         values = {name: float(value) for name, value in jax.device_get(fetched).items()}
         if values.pop("nonfinite"):
             self._fail(number, float(fetched["nonfinite"]), names, state)
@@ -301,8 +305,7 @@ class _Loop:
         line = {"step": number, **values}
         if self.rates is not None:
             line["learning_rate"] = float(self.rates[number - 1 - self.start])
-        if epoch is not None:
-            line["epoch"] = float(epoch)
+        line |= {name: float(value) for name, value in extra.items()}
         line["num_tokens"] = self.num_tokens
         line["tokens/s"] = tokens_per_s
         line["step_time"] = spent / steps
@@ -359,13 +362,14 @@ class _Loop:
             return
         start = time.perf_counter()
         self.flush()  # a resumed run expects the lines of every step it skips
-        data, host_rng, user = aside()
+        held = aside()
         self.checkpoints.save(
             number,
             state,
-            data=data,
-            host_rng=host_rng,
-            user={"num_tokens": self.num_tokens, "user": user},
+            data=held.place,
+            arrays=held.arrays,
+            host_rng=held.host_rng,
+            user={"num_tokens": self.num_tokens, "user": held.user},
             metrics=self.eval_metrics if self.eval_step == number else {},
         )
         self.idle_s += time.perf_counter() - start
@@ -421,10 +425,22 @@ def _rates(schedule, start: int, total_steps: int) -> np.ndarray | None:
     return np.broadcast_to(np.asarray(jax.vmap(schedule)(counts)), counts.shape)
 
 
-def _aside(batches, host_rng, user) -> tuple[Any, np.random.Generator | None, Any]:
-    """What a checkpoint holds beside the state: data's place, generator, user value."""
-    place = batches.state() if hasattr(batches, "state") else None
-    return place, host_rng, user() if user is not None else None
+class _Aside(NamedTuple):
+    """What a checkpoint holds beside the state; see `Checkpoints.save`."""
+
+    place: Any
+    arrays: Mapping[str, np.ndarray] | None
+    host_rng: np.random.Generator | None
+    user: Any
+
+
+def _aside(batches, host_rng, user) -> _Aside:
+    return _Aside(
+        batches.state() if hasattr(batches, "state") else None,
+        batches.arrays() if hasattr(batches, "arrays") else None,
+        host_rng,
+        user() if user is not None else None,
+    )
 
 
 def _restore(
@@ -439,7 +455,8 @@ def _restore(
             raise ValueError(
                 "The checkpoint holds a place in the data; batches has no restore()."
             )
-        batches.restore(restored.data)  # pyright: ignore[reportAttributeAccessIssue]
+        arrays = (restored.arrays,) if hasattr(batches, "arrays") else ()
+        batches.restore(restored.data, *arrays)  # pyright: ignore[reportAttributeAccessIssue]
     if host_rng is not None and restored.host_rng is not None:
         host_rng.bit_generator.state = restored.host_rng
     info = restored.user or {}
