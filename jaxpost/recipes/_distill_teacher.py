@@ -11,18 +11,19 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpost import data, losses, models, ops, parallel, weights
+from jaxpost import losses, models, ops, parallel
 from jaxpost.recipes import _setup
 from jaxpost.recipes._config import ConfigError
+from jaxpost.recipes._frozen import (
+    VocabularyMismatchError as VocabularyMismatchError,
+)
+from jaxpost.recipes._frozen import check_vocabulary as check_vocabulary
+from jaxpost.recipes._frozen import common_vocabulary as common_vocabulary
+from jaxpost.recipes._frozen import open_frozen
 from jaxpost.recipes._run import Run
 from jaxpost.typing import Batch, Head, Params
 
 COLUMNS = ("teacher_ids", "teacher_logps", "teacher_tail")
-SHOWN = 3
-
-
-class VocabularyMismatchError(ConfigError):
-    """Student and teacher do not have the same tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,73 +94,9 @@ def open_teacher(run: Run, section: TeacherSection) -> models.Model:
     """
     if section.path is None:
         raise ConfigError("teacher.path must be given: the folder or hub name of one.")
-    tokenizer = data.load_tokenizer(section.tokenizer or section.path)
-    check_vocabulary(run.tokenizer, tokenizer)
-    teacher = weights.load(
-        section.path,
-        dtype=run.compute_dtype or jnp.float32,
-        mesh=run.layout.mesh,
-        rules=run.layout.rules,
+    return open_frozen(
+        run, section.path, key="teacher.path", tokenizer=section.tokenizer
     )
-    if teacher.config.head != "vocabulary":
-        raise ConfigError(
-            "teacher.path holds a reward model, which has no output over the "
-            "vocabulary; choose a language model."
-        )
-    if run.config.data.max_length > teacher.config.max_positions:
-        raise ConfigError(
-            f"data.max_length is {run.config.data.max_length}, but the teacher has "
-            f"{teacher.config.max_positions} positions; lower it."
-        )
-    common_vocabulary(run, teacher)
-    return teacher
-
-
-def check_vocabulary(student: data.Tokenizer, teacher: data.Tokenizer) -> None:
-    """Refuses two tokenizers that do not give each id the same token.
-
-    Raises:
-        VocabularyMismatchError: names both sizes and the first tokens that differ.
-    """
-    tables = [
-        {id: token for token, id in t.backend.get_vocab(with_added_tokens=True).items()}
-        for t in (student, teacher)
-    ]
-    differing = sorted(
-        id
-        for id in tables[0].keys() | tables[1].keys()
-        if tables[0].get(id) != tables[1].get(id)
-    )
-    if not differing:
-        return
-    shown = ", ".join(
-        " is ".join((str(id), " and ".join(_spelled(t.get(id)) for t in tables)))
-        for id in differing[:SHOWN]
-    )
-    more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-    raise VocabularyMismatchError(
-        f"the student's tokenizer {student.name or '(unnamed)'} has "
-        f"{len(tables[0])} tokens, the teacher's {teacher.name or '(unnamed)'} "
-        f"{len(tables[1])}, and they differ: id {shown}{more}. Their distributions "
-        "cannot be compared token by token; choose models of one vocabulary."
-    )
-
-
-def _spelled(token: str | None) -> str:
-    return "nothing" if token is None else repr(token)
-
-
-def common_vocabulary(run: Run, teacher: models.Model) -> int:
-    """How many ids are compared: heads of one tokenizer are filled up to different
-    sizes, and what lies beyond the smaller one is no token."""
-    sizes = run.model.config.vocab_size, teacher.config.vocab_size
-    if min(sizes) < run.tokenizer.vocab_size:
-        raise VocabularyMismatchError(
-            f"the tokenizer has {run.tokenizer.vocab_size} ids, but the student's head "
-            f"{sizes[0]} and the teacher's {sizes[1]}; choose models whose heads hold "
-            "the whole vocabulary."
-        )
-    return min(sizes)
 
 
 def split_over(layout: _setup.Layout) -> Callable[[Callable], Callable]:

@@ -103,10 +103,12 @@ class Finished(NamedTuple):
     Fields:
         batch: arrays `[R, ...]`, the rows of a prompt side by side.
         numbers: to log with each of its steps.
+        rewards: to log and to show instead of the judge's, `[B, G]`.
     """
 
     batch: dict[str, np.ndarray]
     numbers: dict[str, float]
+    rewards: np.ndarray | None = None
 
 
 Finish = Callable[[Played, dict[str, np.ndarray]], Finished]
@@ -249,8 +251,10 @@ class Rounds(Iterator[Batch]):
             batch |= self._scored(params, batch)
         done = self._finish(played, batch)
         self._batch = done.batch
+        if done.rewards is not None:
+            played = played._replace(rewards=done.rewards)
         self.numbers = {
-            **_round_rows.describe(played),
+            **_round_rows.describe(played, groups=section.samples > 1),
             **done.numbers,
             "rollout/seconds": drawn - start,
             "rollout/tokens_per_s": float(played.lengths.sum()) / (drawn - start),
