@@ -7,20 +7,16 @@ that it depends on, and is refused by name if that changed.
 
 import dataclasses
 import hashlib
-import io
-import json
-import os
 import pathlib
-import zipfile
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpost import data, models, ops, parallel
-from jaxpost.recipes import _reference
+from jaxpost.recipes import _fingerprinted, _reference
 from jaxpost.recipes._config import ConfigError
 from jaxpost.recipes._distill_teacher import (
     COLUMNS,
@@ -73,16 +69,19 @@ def with_cached_teacher(
     file = pathlib.Path(section.cache or run.folder.path / FILE)
     teacher = None if section.path is None else open_teacher(run, section)
     wanted = fingerprint(run, teacher, section, temperature)
-    cache = _read_together(file, wanted)
+    cache = _fingerprinted.read_together(
+        file, wanted, _cache, what="a teacher's cache", stale=StaleTeacherError
+    )
     if cache is None:
         if teacher is None:
             raise ConfigError(
                 f"{file}: no such cache of a teacher; give teacher.path to make it."
             )
         cache = _compute(run, teacher, section, temperature)
-        made = cache
+        arrays = _arrays(cache)
         parallel.on_first_process(
-            "teacher's cache", lambda: write_cache(file, made, wanted)
+            "teacher's cache",
+            lambda: _fingerprinted.write_arrays(file, arrays, wanted),
         )
     if cache.ids.size and cache.ids.max() >= run.model.config.vocab_size:
         raise ConfigError(
@@ -126,73 +125,21 @@ def examples_of(row: data.TokenRow) -> Iterator[tuple[int, np.ndarray]]:
         yield int.from_bytes(digest.digest(), "big") >> 1, trained - 1
 
 
-def write_cache(file: pathlib.Path, cache: Cache, about: dict[str, str]) -> None:
-    """As a `.npz` without pickled objects, replaced whole."""
-    arrays = {
+def _arrays(cache: Cache) -> dict[str, np.ndarray]:
+    return {
         "ids": cache.ids,
         "logps": cache.logps,
         "tail": cache.tail,
         "example_id": np.array(list(cache.places), np.int64),
         "places": np.array(list(cache.places.values()), np.int64).reshape(-1, 2),
-        "fingerprint": np.array(json.dumps(about)),
     }
-    part = file.with_name(f"{file.name}.part")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("wb") as out:
-        np.savez(out, allow_pickle=False, **arrays)
-        out.flush()
-        os.fsync(out.fileno())
-    part.replace(file)
 
 
-def read_cache(file: pathlib.Path, wanted: dict[str, str]) -> Cache:
-    """What `write_cache` wrote, if it still fits.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        StaleTeacherError: the fingerprint differs; names what changed.
-        ConfigError: the file cannot be read.
-    """
-    try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
-            found: dict[str, Any] = json.loads(str(stored["fingerprint"]))
-            places = [(int(a), int(b)) for a, b in stored["places"]]
-            cache = Cache(
-                stored["ids"],
-                stored["logps"],
-                stored["tail"],
-                dict(zip(stored["example_id"].tolist(), places, strict=True)),
-            )
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ConfigError(
-            f"{file}: not a teacher's cache ({error}); delete it to compute it anew."
-        ) from error
-    changed = [name for name, value in wanted.items() if found.get(name) != value]
-    if changed:
-        raise StaleTeacherError(
-            f"{file}: stale, as it was made with another "
-            f"{' and another '.join(changed)}; delete the file to compute it anew."
-        )
-    return cache
-
-
-def _read_together(file: pathlib.Path, wanted: dict[str, str]) -> Cache | None:
-    """The cache if every process has it; None if any lacks it. What is wrong with the
-    file of one is an error on all of them."""
-    cache, problem = None, None
-    try:
-        cache = read_cache(file, wanted)
-    except FileNotFoundError:
-        pass
-    except ConfigError as error:
-        problem = error
-    state = np.array([2 if problem else int(cache is not None)])
-    states = np.asarray(parallel.gather_to_hosts(state))
-    if states.max() == 2:
-        raise problem or ConfigError(
-            f"{file}: process {int(states.argmax())} cannot use its copy; see there."
-        )
-    return cache if states.min() == 1 else None
+def _cache(stored: Mapping[str, np.ndarray]) -> Cache:
+    """What `_arrays` took apart."""
+    places = [(int(a), int(b)) for a, b in stored["places"]]
+    found = dict(zip(stored["example_id"].tolist(), places, strict=True))
+    return Cache(stored["ids"], stored["logps"], stored["tail"], found)
 
 
 def _compute(

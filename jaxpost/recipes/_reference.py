@@ -5,20 +5,17 @@ everything they depend on; columns that no longer fit are refused by name.
 """
 
 import hashlib
-import io
 import json
-import os
 import pathlib
-import zipfile
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpost import data, models, parallel, training
-from jaxpost.recipes import _answers
+from jaxpost.recipes import _answers, _fingerprinted
 from jaxpost.recipes._config import ConfigError
 from jaxpost.recipes._run import Run
 from jaxpost.typing import Params
@@ -126,14 +123,28 @@ def with_reference_columns(
     file = pathlib.Path(path) if path else run.folder.path / FILE
     rows = [*run.rows, *run.eval_rows]
     wanted = fingerprint(run, rows)
-    table = _read_together(file, wanted, columns)
+
+    def parse(stored: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:
+        found = _table(stored, columns)
+        _check_finite(file, found)
+        return found
+
+    table = _fingerprinted.read_together(
+        file,
+        wanted,
+        parse,
+        what="a file of reference columns",
+        stale=StaleReferenceError,
+    )
     if table is None:
         logps = _answers.score_rows(run, rows, run.model.params, score)["logps"]
         ids = data.join_ids(_answers.ids_of(rows))
-        _check_finite(file, ids, logps)
         table = dict(zip(ids.tolist(), logps.astype(np.float32), strict=True))
+        _check_finite(file, table)
+        arrays = _arrays(table, columns)
         parallel.on_first_process(
-            "reference columns", lambda: write_columns(file, table, wanted, columns)
+            "reference columns",
+            lambda: _fingerprinted.write_arrays(file, arrays, wanted),
         )
 
     def extended(part: list[data.TokenRow]) -> list[data.TokenRow]:
@@ -167,24 +178,12 @@ def fingerprint(run: Run, rows: list[data.TokenRow]) -> dict[str, str]:
     }
 
 
-def write_columns(
-    file: pathlib.Path,
-    table: dict[int, np.ndarray],
-    wanted: dict[str, str],
-    columns: Sequence[str] = COLUMNS,
-) -> None:
-    """Log-probs `[A]` by example id as a `.npz` without pickled objects, replaced
-    whole."""
-    arrays = _split(np.stack(list(table.values())), columns)
-    arrays["example_id"] = np.array(list(table), np.int64)
-    arrays["fingerprint"] = np.array(json.dumps(wanted))
-    part = file.with_name(f"{file.name}.part")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("wb") as out:
-        np.savez(out, allow_pickle=False, **arrays)
-        out.flush()
-        os.fsync(out.fileno())
-    part.replace(file)
+def _arrays(
+    table: dict[int, np.ndarray], columns: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Log-probs `[A]` by example id as columns, with the ids."""
+    ids = np.array(list(table), np.int64)
+    return _split(np.stack(list(table.values())), columns) | {"example_id": ids}
 
 
 def _split(logps: np.ndarray, columns: Sequence[str]) -> dict[str, np.ndarray]:
@@ -194,60 +193,17 @@ def _split(logps: np.ndarray, columns: Sequence[str]) -> dict[str, np.ndarray]:
     return {name: logps[:, place] for place, name in enumerate(columns)}
 
 
-def read_columns(
-    file: pathlib.Path, wanted: dict[str, str], columns: Sequence[str] = COLUMNS
+def _table(
+    stored: Mapping[str, np.ndarray], columns: Sequence[str]
 ) -> dict[int, np.ndarray]:
-    """What `write_columns` wrote, if it still fits.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        StaleReferenceError: the fingerprint differs; names what changed.
-        ConfigError: the file cannot be read.
-    """
-    try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
-            found: dict[str, Any] = json.loads(str(stored["fingerprint"]))
-            ids = stored["example_id"]
-            parts = [stored[name] for name in columns]
-            logps = parts[0] if len(columns) == 1 else np.stack(parts, axis=1)
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ConfigError(
-            f"{file}: not a file of reference columns ({error}); delete it to compute "
-            "them anew."
-        ) from error
-    changed = [name for name, digest in wanted.items() if found.get(name) != digest]
-    if changed:
-        raise StaleReferenceError(
-            f"{file}: its log-probs are stale, as they were computed with another "
-            f"{' and another '.join(changed)}; delete the file to compute them anew."
-        )
-    _check_finite(file, ids, logps)
-    return dict(zip(ids.tolist(), logps, strict=True))
+    """The log-probs by example id that `_arrays` put into columns."""
+    parts = [stored[name] for name in columns]
+    logps = parts[0] if len(columns) == 1 else np.stack(parts, axis=1)
+    return dict(zip(stored["example_id"].tolist(), logps, strict=True))
 
 
-def _read_together(
-    file: pathlib.Path, wanted: dict[str, str], columns: Sequence[str]
-) -> dict[int, np.ndarray] | None:
-    """The columns if every process has them; None if any lacks them. What is wrong with
-    the file of one is an error on all of them."""
-    table, problem = None, None
-    try:
-        table = read_columns(file, wanted, columns)
-    except FileNotFoundError:
-        pass
-    except ConfigError as error:
-        problem = error
-    state = np.array([2 if problem else int(table is not None)])
-    states = np.asarray(parallel.gather_to_hosts(state))
-    if states.max() == 2:
-        raise problem or ConfigError(
-            f"{file}: process {int(states.argmax())} cannot use its copy; see there."
-        )
-    return table if states.min() == 1 else None
-
-
-def _check_finite(file: pathlib.Path, ids: np.ndarray, logps: np.ndarray) -> None:
-    bad = ids[~np.isfinite(logps).all(axis=1)]
+def _check_finite(file: pathlib.Path, table: dict[int, np.ndarray]) -> None:
+    bad = np.array([id for id, logps in table.items() if not np.isfinite(logps).all()])
     if len(bad):
         raise ConfigError(
             f"{file}: the reference gives log-probs that are not finite to "
