@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _ROOMS = frozenset(
     {
+        "advantages",
         "data",
         "evaluation",
         "generation",
@@ -20,6 +21,7 @@ _ROOMS = frozenset(
         "prompts",
         "recipes",
         "reports",
+        "rewards",
         "testing",
         "training",
         "typing",
