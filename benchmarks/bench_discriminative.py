@@ -1,13 +1,14 @@
 """Discriminative fine-tuning's step against fine-tuning on the same tokens.
 
-    .venv/bin/python benchmarks/bench_discriminative.py
+    .venv/bin/python benchmarks/bench_discriminative.py --rounds 2  # about 5 minutes
 
-A right answer and 2, 4 or 8 negatives a row, about 24 texts of 256 tokens a step, half
-of each the prompt. The yardstick is our own step of recipe `sft` on the very same texts
-with the same tokens trained on: the forward and backward passes alone. The reference's
-log-probs are computed beforehand (not timed); one row has the reference live, one is
-DFT2, which needs none. Each measurement is a fresh process, rounds are interleaved.
-Writes `benchmarks/results/discriminative.json`.
+A prompt of 128 tokens with a right answer and 2, 4 or 8 negatives of 128 tokens each,
+joined in one row as the recipe has them; about 24 answers a step. The yardstick is our
+own step of recipe `sft` on the very same rows with the same tokens trained on: the
+forward and backward passes alone. The reference's log-probs are computed beforehand
+(not timed); one row has the reference live, one is DFT2, which needs none. Each
+measurement is a fresh process, rounds are interleaved. Writes
+`benchmarks/results/discriminative.json`.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def ours(negatives: int) -> str:
 
 
 def yardstick(negatives: int) -> str:
-    return f"SFT, {1 + negatives} texts a row"
+    return f"SFT, {1 + negatives} answers a row"
 
 
 def _entry(name: str, negatives: int, *flags: str) -> Entry:
@@ -69,7 +70,7 @@ def summarise(runs: list[dict]) -> dict:
 
 
 def table(rows: Rows, args: argparse.Namespace) -> Table:
-    """All rows, the yardsticks compared with ours of as many texts."""
+    """All rows, the yardsticks compared with ours of as many answers."""
     return comparison(
         f"Discriminative fine-tuning, float32, CPU, {args.threads} threads",
         rows,
@@ -100,7 +101,7 @@ if __name__ == "__main__":
                 description=__doc__,
                 entries=ENTRIES,
                 unit="steps",
-                count=10,
+                count=5,
                 problem=problem,
                 summarise=summarise,
                 table=table,

@@ -1,10 +1,12 @@
-"""jaxpost's discriminative step, and fine-tuning on the very same texts.
+"""jaxpost's discriminative step, and fine-tuning on the very same rows.
 
-`--method dft` or `dft2` is the recipe's step: a right answer and its negatives in one
-forward pass, moving averages read and written, the metrics it logs; the reference's
-log-probs as columns, or live. `--method sft` is the step of recipe `sft` on the same
-rows one below the other, their answers trained on: what the forward and backward passes
-alone cost. Runs in the project's own environment; prints one JSON line.
+`--method dft` or `dft2` is the recipe's step: a right answer and its negatives joined
+in one row behind their prompt, moving averages read and written, the metrics it logs;
+the reference's log-probs as columns, or live. `--method sft` is the step of recipe
+`sft` on the same rows and with the same tokens trained on: what the forward and
+backward passes alone cost. (It takes the first token of an answer to follow the answer
+before, which costs the same.) Runs in the project's own environment; prints one JSON
+line.
 """
 
 import os
@@ -22,7 +24,7 @@ import numpy as np
 from dpo_settings import END
 from sft_jaxpost import build_model
 
-from jaxpost import training
+from jaxpost import data, training
 from jaxpost.recipes import _answer_scores, discriminative, sft
 
 SIZES = {
@@ -32,7 +34,7 @@ SIZES = {
     "prompt": 128,
     "tau": 1.0,
     "gamma": 0.85,
-    "batch": 24,  # texts, for tokens/s; follows from `texts` and `--negatives`
+    "batch": 8,  # rows, for tokens/s; follows from `texts` and `--negatives`
 }
 
 
@@ -46,17 +48,22 @@ def answer_tokens(sizes: dict, rows: int, negatives: int, count: int) -> np.ndar
     return tokens
 
 
-def full_rows(tokens: np.ndarray, prompt: int) -> dict:
-    """Full rows `[..., T]`: one segment each, the answers' tokens scored."""
+def joined_rows(tokens: np.ndarray, prompt: int) -> dict:
+    """As the recipe's batches: answers `[N, 1 + B, T]` joined to rows `[N, W]`, their
+    tokens scored."""
     positions = np.broadcast_to(
         np.arange(tokens.shape[-1], dtype=np.int32), tokens.shape
     )
-    return {
+    batch = {
         "tokens": tokens,
         "positions": positions,
         "segment_ids": np.ones(tokens.shape, np.int32),
         "loss_mask": positions >= prompt,
     }
+    rows = [
+        {name: array[i] for name, array in batch.items()} for i in range(len(tokens))
+    ]
+    return data.join_answers(batch, data.joined_widths(rows))
 
 
 def make_step(args: Any, model: Any, tx: Any, count: int) -> tuple[Any, Any, Any]:
@@ -65,15 +72,15 @@ def make_step(args: Any, model: Any, tx: Any, count: int) -> tuple[Any, Any, Any
         step = training.make_train_step(sft.sft_loss(model), tx)
         return training.compile_step(step), None, None
     live = args.reference == "live" and args.method == "dft"
+    settings = {"tau": args.sizes["tau"], "gamma": args.sizes["gamma"]}
     score = _answer_scores.discriminative_scores(
-        model, reference="live" if live else "precomputed"
+        model,
+        reference="live" if live else "precomputed",
+        answers=1 + args.negatives,
+        foresee=_answer_scores.slopes(args.method, **settings),
     )
     loss_fn = discriminative.discriminative_loss(
-        score,
-        variant=args.method,
-        tau=args.sizes["tau"],
-        gamma=args.sizes["gamma"],
-        count=count,
+        score, variant=args.method, count=count, **settings
     )
     frozen = {"reference": jax.tree.map(jnp.copy, model.params)} if live else None
     step = training.compile_step(training.make_train_step(loss_fn, tx))
@@ -81,14 +88,14 @@ def make_step(args: Any, model: Any, tx: Any, count: int) -> tuple[Any, Any, Any
 
 
 def make_batches(args: Any, model: Any, rows: int, total: int) -> list[dict]:
-    """Batches of the method: `[N, 1 + B, T]`, or `[N (1 + B), T]` for `sft`."""
-    sizes = args.sizes
-    tokens = answer_tokens(sizes, rows, args.negatives, total)
+    """Batches `[N, W]`; but for `sft` with what the method reads besides."""
+    tokens = answer_tokens(args.sizes, rows, args.negatives, total)
+    batches = [joined_rows(part, args.sizes["prompt"]) for part in tokens]
     if args.method == "sft":
-        flat = tokens.reshape(total, -1, sizes["length"])
-        return [full_rows(part, sizes["prompt"]) for part in flat]
-    batches = [full_rows(part, sizes["prompt"]) for part in tokens]
-    score = _answer_scores.discriminative_scores(model, reference="none")
+        return batches
+    score = _answer_scores.discriminative_scores(
+        model, reference="none", answers=1 + args.negatives
+    )
     own = jax.jit(lambda params, batch: score(params, batch)["logps"])
     for number, batch in enumerate(batches):
         first = number * rows
@@ -108,7 +115,6 @@ def main() -> None:
     )
     sizes = args.sizes
     rows = max(sizes["texts"] // (1 + args.negatives), 1)
-    sizes["batch"] = rows * (1 + args.negatives)
     model = build_model(sizes, sizes["length"], "full" if args.remat else "none")
     total = args.warmup + args.steps
     optimizer = training.OptimizerConfig(
@@ -119,6 +125,7 @@ def main() -> None:
     tx, _ = training.build_optimizer(optimizer, total)
     batches = make_batches(args, model, rows, total)
     step, memory, frozen = make_step(args, model, tx, rows * total)
+    sizes["batch"], sizes["length"] = batches[0]["tokens"].shape
     state = training.init_state(
         model.params,
         tx,
