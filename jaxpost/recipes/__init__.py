@@ -21,7 +21,12 @@ RECIPES = {
     "distill": ("jaxpost.recipes.distill", "DistillConfig"),
     "dpo": ("jaxpost.recipes.dpo", "DPOConfig"),
     "grpo": ("jaxpost.recipes.grpo", "GRPOConfig"),
+    "ppo": ("jaxpost.recipes.ppo", "PPOConfig"),
     "reward": ("jaxpost.recipes.reward", "RewardConfig"),
+    "self_rewarding_ppo": (
+        "jaxpost.recipes.self_rewarding_ppo",
+        "SelfRewardingPPOConfig",
+    ),
     "sft": ("jaxpost.recipes.sft", "SFTConfig"),
 }
 
