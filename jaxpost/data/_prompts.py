@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxpost.data._encode import Example, encode_prompt, example_id
+from jaxpost.data._encode import Example, OnTooLong, encode_prompt, example_id
+from jaxpost.data._errors import BadRows, OnBadRow
 from jaxpost.data._load import load_encoded
 from jaxpost.data._packing import TokenRow
 from jaxpost.data._pairs import split_id
@@ -44,13 +45,15 @@ def load_prompts(
     tokenizer: Tokenizer,
     *,
     max_length: int | None = None,
-    on_too_long: str = "refuse",
+    on_too_long: OnTooLong = "refuse",
+    on_bad_row: OnBadRow = "stop",
+    report: BadRows | None = None,
     **reading: Any,
 ) -> list[Prompt]:
     """All prompts of a source, of rows of any kind that has one; answers are not read.
 
     Args:
-        path_or_name: as in `load_rows`; so are `reading`'s.
+        path_or_name: as in `load_rows`; so are `on_bad_row`, `report` and `reading`.
         tokenizer: the tokenizer.
         max_length: most tokens of a prompt.
         on_too_long: `refuse`: a longer prompt makes its row a bad one; a prompt that is
@@ -85,7 +88,9 @@ def load_prompts(
         columns = dict(row.columns)
         return Prompt(example_id(columns), np.asarray(tokens, np.int32), columns)
 
-    return load_encoded(path_or_name, encode, **reading)
+    return load_encoded(
+        path_or_name, encode, on_bad_row=on_bad_row, report=report, **reading
+    )
 
 
 def number_prompts(

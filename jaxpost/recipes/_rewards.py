@@ -1,35 +1,23 @@
 """From the rewards of a config to a judge of answers."""
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
-
-from jaxpost import prompts
-from jaxpost.recipes._round_rows import Judge, Verdicts
+from jaxpost import rewards
+from jaxpost.rewards import RewardSection
 from jaxpost.typing import RewardFn
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardsSection:
-    """What answers are judged by: so far, whether they end in the row's `answer`."""
 
 
 @contextlib.contextmanager
 def open_judge(
-    section: RewardsSection, functions: Mapping[str, RewardFn] | None = None
-) -> Iterator[Judge]:
-    """The judge, closed at the end."""
-    del section, functions
+    sections: Sequence[RewardSection],
+    functions: Mapping[str, RewardFn] | None = None,
+) -> Iterator[rewards.Scorer]:
+    """The judge; its processes end with the context.
 
-    def judge(asked: Any, completions: list, ids: Any, *, answer: list, **_: Any):
-        del asked, ids
-        hits = zip(completions, answer, strict=True)
-        rewards = np.array([float(prompts.exact_match(c, a)) for c, a in hits])
-        return Verdicts(
-            rewards, np.ones(len(rewards), bool), {}, {"arithmetic": rewards}
-        )
-
-    yield judge
+    Args:
+        sections: of the config.
+        functions: by name, instead of those of the config, each of weight 1.
+    """
+    with rewards.combine(functions) if functions else rewards.Scorer(sections) as judge:
+        yield judge

@@ -10,31 +10,15 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpost import data, generation, losses
+from jaxpost import data, generation, losses, rewards
 from jaxpost.typing import BRANCH
 
 STEP = 64
 """Widths of rows are multiples of it."""
 
 
-class Verdicts(NamedTuple):
-    """What a judge says of answers.
-
-    Fields:
-        rewards: float64 `[n]`, anything where there is no verdict.
-        given: True where there is one, bool `[n]`.
-        numbers: to log.
-        parts: each reward by name, float64 `[n]`, NaN without verdict.
-    """
-
-    rewards: np.ndarray
-    given: np.ndarray
-    numbers: dict[str, float]
-    parts: dict[str, np.ndarray]
-
-
-Judge = Callable[..., Verdicts]
-"""(prompts, completions, completion_ids, **columns) -> Verdicts; see `RewardFn`."""
+Judge = Callable[..., rewards.Scores]
+"""(prompts, completions, completion_ids, **columns) -> Scores; see `rewards.Scorer`."""
 
 
 class Played(NamedTuple):
@@ -92,7 +76,7 @@ def judged(
     shape = (len(prompts), samples)
     texts = [tokenizer.decode(answer.tokens.tolist()) for answer in answers]
     count = len(texts)
-    verdicts = Verdicts(np.zeros(count), np.ones(count, bool), {}, {})
+    verdicts = rewards.Scores(np.zeros(count), np.ones(count, bool), {}, {})
     if judge is not None:
         asked = [prompt for prompt in prompts for _ in range(samples)]
         verdicts = judge(

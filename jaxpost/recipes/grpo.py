@@ -25,7 +25,6 @@ from jaxpost.recipes import (
 from jaxpost.recipes._answers import TokenLogps
 from jaxpost.recipes._policy import KLSection, PolicySection
 from jaxpost.recipes._reference import ReferenceName
-from jaxpost.recipes._rewards import RewardsSection
 from jaxpost.recipes._round_rows import Played
 from jaxpost.recipes._rounds import Finish, Finished, RolloutSection, ScoreFn
 from jaxpost.recipes._sections import (
@@ -37,6 +36,7 @@ from jaxpost.recipes._sections import (
     ProcessesSection,
     TrainSection,
 )
+from jaxpost.rewards import RewardSection
 from jaxpost.typing import Batch, LossFn, LossOutput, Params, RewardFn
 
 
@@ -53,7 +53,8 @@ class GRPOConfig:
             (GRPO) or not (RLOO: the mean of the others).
         reference: What the KL is measured from: a live copy of the first model, or the
             base under adapters; `auto` chooses. Not used without a KL.
-        rewards: What answers are judged by.
+        rewards: What answers are judged by, by default their final number; see
+            docs/rewards.md.
         rollout: How they are drawn.
         policy: The loss.
         kl: The pull to the reference.
@@ -73,7 +74,7 @@ class GRPOConfig:
     seed: int = 0
     advantage: Literal["group_relative", "leave_one_out"] = "group_relative"
     reference: ReferenceName = "auto"
-    rewards: RewardsSection = RewardsSection()
+    rewards: tuple[RewardSection, ...] = (RewardSection(),)
     rollout: RolloutSection = RolloutSection()
     policy: PolicySection = PolicySection()
     kl: KLSection = KLSection()

@@ -113,3 +113,26 @@ def test_width_for_a_choice_of_answers_holds_any_choice():
     for other in (1, 2, 3):
         chosen = {name: array[:, [0, other]] for name, array in batch.items()}
         data.join_answers(chosen, {100: 128})
+
+
+def test_samples_lie_as_joined_answers_do():
+    groups = [([5, 6], [[7], [7, 8]]), ([1, 2, 3], [[4, 9], [3]])]
+    wanted = data.join_answers(rows_of(groups, 5), 7)
+    found = data.join_samples(
+        [np.array(prompt) for prompt, _ in groups],
+        [[np.array(answer) for answer in answers] for _, answers in groups],
+        7,
+        {"tenth": [[np.array(a) / 10 for a in answers] for _, answers in groups]},
+    )
+    tenth = found.pop("tenth")
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    scored = found["loss_mask"]
+    np.testing.assert_allclose(tenth[scored], found["tokens"][scored] / 10)
+    assert not tenth[~scored].any()
+
+
+def test_samples_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="row 0 has 5 tokens.*where 4 fit"):
+        data.join_samples([np.arange(2)], [[np.arange(2), np.arange(1)]], 4)
