@@ -5,6 +5,7 @@ after three tokens, so there are fifteen. Each expectation below is a sum over t
 in float64, and is compared with the gradient of the expected reward itself.
 """
 
+import functools
 import itertools
 
 import jax
@@ -131,18 +132,23 @@ def test_the_exact_gradient_is_that_of_finite_differences():
         np.testing.assert_allclose(found[place], slope / (2 * step), atol=1e-9)
 
 
-def gae(values, *, gae_lambda, rewards=None):
-    """Of the answers' rewards at their last tokens, with values by prefix."""
-    if rewards is None:
-        rewards = np.where(LAST, REWARDS[:, None], 0.0)
+@functools.partial(jax.jit, static_argnums=2)
+def estimate(rewards, values, gae_lambda):
     return advantages.gae(
-        jnp.asarray(rewards),
-        jnp.asarray(np.asarray(values)[STATES]),
+        rewards,
+        values,
         jnp.asarray(MASK),
         terminals=jnp.asarray(LAST),
         gamma=1.0,
         gae_lambda=gae_lambda,
     )[0]
+
+
+def gae(values, *, gae_lambda, rewards=None):
+    """Of the answers' rewards at their last tokens, with values by prefix."""
+    if rewards is None:
+        rewards = np.where(LAST, REWARDS[:, None], 0.0)
+    return estimate(rewards, np.asarray(values)[STATES], gae_lambda)
 
 
 def exact_advantages():
@@ -176,7 +182,7 @@ def group_gradient(compare):
     """Expected gradient over all groups of two independent answers."""
     pairs = np.array(list(itertools.product(range(COUNT), repeat=2)))
     chance = np.asarray(chances(LOGITS))
-    gains = np.asarray(compare(jnp.asarray(REWARDS[pairs])))
+    gains = np.asarray(jax.jit(compare)(REWARDS[pairs]))
     # Of each answer, what it gains on average over the answers beside it.
     mean = np.zeros(COUNT)
     np.add.at(mean, pairs, np.prod(chance[pairs], axis=1)[:, None] * gains / 2.0)
@@ -218,6 +224,7 @@ def sums(values):
     return ops.answer_sums(values, jnp.asarray(IDS), 1)
 
 
+@jax.jit
 def sequence_loss(logits, old_logits):
     """GSPO: one ratio for each answer, that of its mean log-probability."""
     lengths = sums(jnp.ones(MASK.shape))

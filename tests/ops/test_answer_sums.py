@@ -25,13 +25,16 @@ def some(seed):
     return draw.normal(size=(B, W)), draw.normal(size=(B, A)), ids
 
 
+answer_sums = jax.jit(ops.answer_sums, static_argnums=2)
+per_answer = jax.jit(ops.per_answer)
+
+
 @settings(max_examples=20, deadline=None)
 @given(seeds)
 def test_values_equal_the_oracle(seed):
     tokens, answers, ids = some(seed)
     with jax.enable_x64(True):
-        sums = ops.answer_sums(jnp.asarray(tokens), jnp.asarray(ids), A)
-        spread = ops.per_answer(jnp.asarray(answers), jnp.asarray(ids))
+        sums, spread = answer_sums(tokens, ids, A), per_answer(answers, ids)
     assert sums.dtype == spread.dtype == "float64"
     wanted = oracle.answer_sums(tokens, ids, A)
     np.testing.assert_allclose(sums, wanted, rtol=1e-12, atol=1e-14)
@@ -40,18 +43,21 @@ def test_values_equal_the_oracle(seed):
         assert spread[b, w] == (answers[b, ids[b, w]] if ids[b, w] >= 0 else 0.0)
 
 
+@jax.jit
+def transposed(tokens, answers, ids):
+    """What flows back through each function of what the other is given."""
+    _, from_sums = jax.vjp(lambda x: ops.answer_sums(x, ids, A), tokens)
+    _, from_spread = jax.vjp(lambda x: ops.per_answer(x, ids), answers)
+    return from_sums(answers)[0], from_spread(tokens)[0]
+
+
 @settings(max_examples=10, deadline=None)
 @given(seeds)
 def test_each_gradient_is_the_other_function(seed):
     tokens, answers, ids = map(jnp.asarray, some(seed))
-    found, back = jax.vjp(lambda x: ops.answer_sums(x, ids, A), tokens)
-    np.testing.assert_array_equal(
-        back(answers.astype(found.dtype))[0], ops.per_answer(answers, ids)
-    )
-    found, back = jax.vjp(lambda x: ops.per_answer(x, ids), answers)
-    np.testing.assert_allclose(
-        back(tokens.astype(found.dtype))[0], ops.answer_sums(tokens, ids, A), atol=1e-6
-    )
+    of_sums, of_spread = transposed(tokens, answers, ids)
+    np.testing.assert_array_equal(of_sums, per_answer(answers, ids))
+    np.testing.assert_allclose(of_spread, answer_sums(tokens, ids, A), atol=1e-6)
 
 
 @pytest.mark.parametrize("rubbish", [np.nan, np.inf])
@@ -60,20 +66,28 @@ def test_what_belongs_to_no_answer_changes_nothing(rubbish):
     dirty = jnp.asarray(np.where(ids < 0, rubbish, tokens), jnp.float32)
     ids = jnp.asarray(ids)
 
-    def total(x):
+    @jax.jit
+    @jax.grad
+    def slopes_of_sums(x):
         return jnp.sum(jnp.square(ops.answer_sums(x, ids, A)))
 
     np.testing.assert_array_equal(
-        ops.answer_sums(dirty, ids, A),
-        ops.answer_sums(jnp.asarray(tokens, jnp.float32), ids, A),
+        answer_sums(dirty, ids, A), answer_sums(tokens.astype(np.float32), ids, A)
     )
-    slopes = jax.grad(total)(dirty)
+    slopes = np.asarray(slopes_of_sums(dirty))
     np.testing.assert_array_equal(slopes[ids < 0], 0.0)
     assert np.isfinite(slopes).all()
     # Of the answers: the one without tokens.
-    dirty = jnp.asarray(answers, jnp.float32).at[0, 2].set(rubbish)
-    assert np.isfinite(ops.per_answer(dirty, ids)).all()
-    slopes = jax.grad(lambda x: jnp.sum(jnp.square(ops.per_answer(x, ids))))(dirty)
+    answers[0, 2] = rubbish
+    dirty = jnp.asarray(answers, jnp.float32)
+    assert np.isfinite(per_answer(dirty, ids)).all()
+
+    @jax.jit
+    @jax.grad
+    def slopes_of_spread(x):
+        return jnp.sum(jnp.square(ops.per_answer(x, ids)))
+
+    slopes = slopes_of_spread(dirty)
     assert slopes[0, 2] == 0.0
     assert np.isfinite(slopes).all()
 
