@@ -5,10 +5,11 @@ shows single examples token by token. Knows no training run.
 """
 
 import dataclasses
+import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,12 @@ from jaxpost.data._encode import (
 )
 from jaxpost.data._errors import BadRow, BadRows
 from jaxpost.data._load import load_rows
+from jaxpost.data._negatives import (
+    Answers,
+    encode_answers,
+    equal_answers,
+    repeated_answers,
+)
 from jaxpost.data._records import Row
 from jaxpost.data._tokenizer import Tokenizer
 
@@ -44,6 +51,20 @@ _ADVICE = {
         "none needed here, where masks come from lengths; trainers that mask by "
         "`id != pad` would never teach the model to stop"
     ),
+    "duplicate_id": "remove the copy, or tell the rows apart by a column `id`",
+    "few_negatives": (
+        "sample more, train for fewer epochs, or set negatives.sample to false"
+    ),
+    "negative_equal": (
+        "draw such ones again (`jaxpost negatives --redraw empty positive`), or set "
+        "negatives.equal to drop"
+    ),
+    "negative_repeated": (
+        "none needed: draws are independent; negatives.repeated: drop leaves them out"
+    ),
+    "negative_cut": (
+        "raise --max-new-tokens when sampling, or train with p0: train_prompt"
+    ),
     "length_bias": (
         "compare with a length-normalised loss, or balance the lengths of the pairs"
     ),
@@ -54,9 +75,19 @@ _WHAT = {
     "token_merge": "prompt and answer would share a token if tokenised in one go",
     "duplicates": "the same texts as in an earlier row",
     "special_text": "the words of a row contain a special token's spelling",
+    "duplicate_id": "the id of an earlier row, whose place in the table it would share",
+    "few_negatives": "fewer negatives than the epochs of training take",
+    "negative_equal": "a negative is the right answer, which training then pushes down",
+    "negative_repeated": "a negative is the same as an earlier one of its row",
+    "negative_cut": (
+        "a negative was cut when sampled: its end token, which training puts behind "
+        "it, was not drawn, and negative_logps lacks it"
+    ),
 }
-_ERRORS = frozenset({"stop_token_unsupervised", "truncated"})
-_NOTES = frozenset({"token_merge"})
+_ERRORS = frozenset(
+    {"stop_token_unsupervised", "truncated", "duplicate_id", "few_negatives"}
+)
+_NOTES = frozenset({"token_merge", "negative_repeated"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +121,8 @@ class DataCheck:
         rows: rows looked at.
         problems: gravest first.
         examples: the first few good examples, to be shown.
-        lengths: tokens of each good example (of pairs, of each side), int64 `[n]`.
+        lengths: tokens of each good example (of pairs, of each side; of rows with
+            negatives, of each answer), int64 `[n]`.
         supervised: share of those tokens that is trained on, in `[0, 1]`.
     """
 
@@ -121,6 +153,7 @@ def check_data(
     append_eos: bool = True,
     limit: int | None = None,
     keep: int = 2,
+    negative_columns: int | None = 0,
 ) -> DataCheck:
     """Looks through a data set as training would read it.
 
@@ -130,6 +163,8 @@ def check_data(
         tokenizer: the tokenizer.
         limit: rows to look at, at most.
         keep: good examples to keep for showing.
+        negative_columns: how many of each row's `negatives` training takes; None all of
+            them, 0 where rows are not trained on with negatives.
 
     Returns:
         The problems, with counts; bad rows are counted, never raised.
@@ -159,7 +194,12 @@ def check_data(
     }
     for row in reading:
         try:
-            if row_kind(row) in ("preference", "implicit_preference"):
+            if negative_columns != 0:
+                answers = encode_answers(
+                    row, tokenizer, columns=negative_columns, **settings
+                )
+                found.add_answers(row, answers, negative_columns)
+            elif row_kind(row) in ("preference", "implicit_preference"):
                 found.add_pair(row, encode_pair(row, tokenizer, **settings))
             else:
                 example = encode_row(row, tokenizer, loss_on=loss_on, **settings)
@@ -202,6 +242,7 @@ class _Findings:
         self.lengths: list[int] = []
         self.supervised_tokens = 0
         self._seen: dict[int, int] = {}
+        self._ids: dict[int, int] = {}
         self._counts: Counter[str] = Counter()
         self._rows: dict[str, list[str]] = {}
         self._answer_lengths: list[tuple[int, int]] = []
@@ -209,37 +250,81 @@ class _Findings:
         self._special = re.compile("|".join(map(re.escape, spellings)))
 
     def add(self, row: Row, example: Example) -> None:
-        self._add_row(row, example.id)
+        self._add_identity(row, example.id)
+        self._add_words(row)
         self._add_example(row, example)
 
     def add_pair(self, row: Row, pair: Pair) -> None:
-        self._add_row(row, pair.id)
+        self._add_identity(row, pair.id)
+        self._add_words(row)
         self._add_example(row, pair.chosen)
         self._add_example(row, pair.rejected, "rejected answer")
         sides = (pair.chosen, pair.rejected)
         chosen, rejected = (int(side.loss_mask.sum()) for side in sides)
         self._answer_lengths.append((chosen, rejected))
 
-    def _add_row(self, row: Row, identity: int) -> None:
+    def add_answers(self, row: Row, answers: Answers, wanted: int | None) -> None:
+        """Counts a row once per problem, and names its answers that have it."""
+        where = f"row {row.number}"
+        if answers.id in self._ids:
+            self._note("duplicate_id", f"{where} = row {self._ids[answers.id]}")
+        else:
+            self._ids[answers.id] = row.number
+            self._add_identity(row, answers.positive.id)
+        columns = len(answers.negatives)
+        self._add_words(row, row.columns["negatives"][:columns])
+        if wanted is not None and columns < wanted:
+            self._note("few_negatives", f"{where} ({columns} of {wanted})")
+        sides = ["completion", *(f"negatives[{i}]" for i in range(columns))]
+        concerned: dict[str, list[str]] = {}
+        for side, example in zip(sides, answers.texts, strict=True):
+            self._take(example)
+            for name, _ in self._flaws(example):
+                concerned.setdefault(name, []).append(side)
+        finished = row.columns.get("negative_finished")
+        finished = finished if isinstance(finished, list) else []
+        for name, flags in (
+            ("negative_equal", equal_answers(answers)),
+            ("negative_repeated", repeated_answers(answers, group=columns)),
+            ("negative_cut", [x is False for x in finished[:columns]]),
+        ):
+            if any(flags):
+                concerned[name] = [sides[1 + i] for i in np.flatnonzero(flags)]
+        for name, found in concerned.items():
+            self._note(name, f"{where} ({', '.join(found)})")
+
+    def _add_identity(self, row: Row, identity: int) -> None:
         if identity in self._seen:
             self._note("duplicates", f"row {row.number} = row {self._seen[identity]}")
         self._seen.setdefault(identity, row.number)
-        match = next(filter(None, map(self._special.search, _texts(row))), None)
+
+    def _add_words(self, row: Row, more: Sequence[Any] = ()) -> None:
+        values = [*(row.columns.get(name) for name in _TEXTS), *more]
+        texts = itertools.chain.from_iterable(map(_texts, values))
+        match = next(filter(None, map(self._special.search, texts)), None)
         if match:
             self._note("special_text", f"row {row.number} ({match[0]!r})")
 
     def _add_example(self, row: Row, example: Example, side: str = "") -> None:
+        self._take(example)
+        where = f"row {row.number}" + (f" ({side})" if side else "")
+        for name, detail in self._flaws(example):
+            self._note(name, where + detail)
+
+    def _take(self, example: Example) -> None:
         self.examples.append(example)
         self.lengths.append(len(example))
         self.supervised_tokens += int(example.loss_mask.sum())
-        where = f"row {row.number}" + (f" ({side})" if side else "")
+
+    def _flaws(self, example: Example) -> Iterator[tuple[str, str]]:
+        """Names of an example's problems, with what to add to its place."""
         last = int(example.tokens[np.flatnonzero(example.loss_mask)[-1]])
         if example.truncated:
-            self._note("truncated", where)
+            yield "truncated", ""
         if last not in self.tokenizer.eos_ids:
-            self._note("stop_token_unsupervised", f"{where} ends in {last}")
+            yield "stop_token_unsupervised", f" ends in {last}"
         if example.merged:
-            self._note("token_merge", where)
+            yield "token_merge", ""
 
     def _note(self, name: str, where: str) -> None:
         self._counts[name] += 1
@@ -280,10 +365,9 @@ class _Findings:
         yield DataProblem("length_bias", "warning", max(longer, shorter), what, advice)
 
 
-def _texts(row: Row) -> Iterator[str]:
-    for name in _TEXTS:
-        value = row.columns.get(name)
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, list):
-            yield from (message.get("content") or "" for message in value)
+def _texts(value: Any) -> Iterator[str]:
+    """The words of a text or of messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        yield from (message.get("content") or "" for message in value)

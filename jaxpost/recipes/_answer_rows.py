@@ -49,12 +49,19 @@ def row_kind(config: Any) -> RowKind:
     Args:
         config: with the sections `negatives` and `train`.
     """
-    wanted: int | None = config.negatives.per_prompt
-    if config.negatives.sample:
-        known = config.train.steps is None
-        wanted = wanted * math.ceil(config.train.epochs) if known else None
-    load = functools.partial(data.load_answers, negative_columns=wanted)
+    load = functools.partial(data.load_answers, negative_columns=columns_wanted(config))
     return RowKind("prompt", load, data.pad_answers, joined=True)
+
+
+def columns_wanted(config: Any) -> int | None:
+    """Columns of negatives that training takes; None where that hangs on the number of
+    rows."""
+    section, train = config.negatives, config.train
+    if not section.sample:
+        return section.per_prompt
+    if train.steps is not None:
+        return None
+    return section.per_prompt * math.ceil(train.epochs)
 
 
 def prepare(run: Run) -> Run:

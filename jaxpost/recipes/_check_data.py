@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from jaxpost import data
-from jaxpost.recipes import _setup
+from jaxpost.recipes import _answer_rows, _setup
 
 
 def print_check(config: Any) -> int:
@@ -27,8 +27,19 @@ def print_check(config: Any) -> int:
         reading = _setup.reading(config.data, of_eval=of_eval)
         reading.pop("on_bad_row")  # the doctor counts all of them
         check = data.check_data(
-            tokenizer=tokenizer, **reading, **_setup.encoding(config.data)
+            tokenizer=tokenizer,
+            negative_columns=_negative_columns(config, of_eval=of_eval),
+            **reading,
+            **_setup.encoding(config.data),
         )
         console.print(data.render_check(check, tokenizer))
         errors += sum(problem.severity == "error" for problem in check.problems)
     return errors
+
+
+def _negative_columns(config: Any, *, of_eval: bool) -> int | None:
+    """How many negatives of each row the recipe takes; None all, 0 none."""
+    if not hasattr(config, "negatives"):
+        return 0
+    # Held-out rows may have fewer than the epochs of training take.
+    return None if of_eval else _answer_rows.columns_wanted(config)

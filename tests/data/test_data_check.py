@@ -142,6 +142,108 @@ def test_balanced_lengths_are_no_bias(write, clean):
     assert data.check_data(write(pairs), clean).problems == ()
 
 
+def negatives(*texts, **columns):
+    return {"prompt": "a ", "completion": "b c", "negatives": list(texts), **columns}
+
+
+def test_negatives_without_fault(write, clean):
+    rows = [negatives("c", "d"), negatives("d", "e", prompt="b ")]
+    check = data.check_data(write(rows), clean, negative_columns=2)
+    assert check.problems == ()
+    np.testing.assert_array_equal(check.lengths, [4, 3, 3, 4, 3, 3])
+    assert len(check.examples) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "severity", "words", "place"),
+    [
+        (
+            negatives("c", " "),
+            "nothing_supervised",
+            "error",
+            r"negatives[1]: the text to train on is empty",
+            "row 2",
+        ),
+        (
+            negatives("c", "d e f a"),
+            "too_long",
+            "error",
+            "negatives[1]: 6 tokens where at most 5 fit",
+            "row 2",
+        ),
+        (
+            {"prompt": "a ", "completion": "b"},
+            "wrong_column",
+            "error",
+            "no column 'negatives'",
+            "row 2",
+        ),
+        (
+            negatives("d", "b c"),
+            "negative_equal",
+            "warning",
+            "is the right answer",
+            "row 2 (negatives[1])",
+        ),
+        (
+            negatives("d", "e", "d", "d"),
+            "negative_repeated",
+            "note",
+            "the same as an earlier one",
+            "row 2 (negatives[2], negatives[3])",
+        ),
+        (
+            negatives("d", "e", negative_finished=[False, True]),
+            "negative_cut",
+            "warning",
+            "was cut when sampled",
+            "row 2 (negatives[0])",
+        ),
+        (
+            negatives("d", "e </s> f"),
+            "special_text",
+            "warning",
+            "special token",
+            "row 2 ('</s>')",
+        ),
+        (
+            {**negatives("e", "f"), "prompt": "f "},
+            "duplicate_id",
+            "error",
+            "the id of an earlier row",
+            "row 2 = row 1",
+        ),
+    ],
+)
+def test_each_fault_of_negatives_is_found(
+    row, name, severity, words, place, write, clean
+):
+    """And none of them where rows are trained on without their negatives."""
+    path = write([negatives("d", "e", prompt="f "), row])
+    check = data.check_data(path, clean, max_length=5, negative_columns=None)
+    found = problems(check)
+    assert set(found) == {name}
+    problem = found[name]
+    assert (problem.count, problem.severity) == (1, severity)
+    assert words in problem.what
+    assert problem.rows == (place,)
+    if name != "duplicate_id":
+        assert data.check_data(path, clean, max_length=5).problems == ()
+
+
+def test_negatives_are_cut_named_and_counted_once_per_row(write, clean):
+    path = write([negatives("c d e", "d", "c d e f", completion="b")])
+    settings = {"max_length": 4, "on_too_long": "truncate", "negative_columns": 4}
+    found = problems(data.check_data(path, clean, **settings))
+    assert found["truncated"].count == 1
+    assert found["truncated"].rows == ("row 1 (negatives[0], negatives[2])",)
+    assert found["stop_token_unsupervised"].rows == found["truncated"].rows
+    assert found["few_negatives"].rows == ("row 1 (3 of 4)",)
+    # Only the columns that training takes are looked at.
+    settings |= {"negative_columns": 2, "max_length": 5}
+    assert data.check_data(path, clean, **settings).problems == ()
+
+
 def test_settings_that_cannot_work_are_raised(write, clean):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(ValueError, match="no chat template"):

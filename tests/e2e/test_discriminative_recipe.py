@@ -191,6 +191,19 @@ def test_odd_negatives_are_kept_or_dropped(tmp_path, caplog):
     np.testing.assert_allclose(after[2], before[2], rtol=1e-5)
 
 
+def test_the_data_check_looks_at_the_negatives_that_training_takes(tmp_path, capsys):
+    config = odd_rows(tmp_path, *DFT2)
+    assert recipes.check_data(config) == 0
+    words = capsys.readouterr().out
+    assert "negative_equal" in words
+    assert "negative_repeated" in words
+    changes = [("--train.epochs", "9"), ("--negatives.per-prompt", "9")]
+    for number, flags in enumerate(changes):
+        more = odd_rows(tmp_path, *DFT2, *flags, "--name", str(number))
+        assert recipes.check_data(more) == 1
+        assert "few_negatives" in capsys.readouterr().out
+
+
 def test_too_few_columns_are_refused_with_both_numbers(tmp_path):
     config = load(tmp_path, *QUICK, "--train.epochs", "3")
     with pytest.raises(
