@@ -76,7 +76,7 @@ def discriminative_scores(
         model: gives `apply` and `unembed`; its own parameters are not used.
         reference: `live`: the parameters hold the reference's under `reference`;
             `lora_base`: the parameters without adapters; both score the negatives
-            alone, if they are not joined. `precomputed` and `none`: the batch's
+            alone. `precomputed` and `none`: the batch's
             `ref_logps` `[N, 1 + B]`, the right answer first, if it has them.
         answers: 1 + B; needed for batches of joined answers, `[N, W]`.
         foresee: from `slopes`; a hint that makes gradients cheaper. It is used where
@@ -101,7 +101,10 @@ def discriminative_scores(
         if reference not in ("live", "lora_base"):
             return batch["ref_logps"][:, 1:] if "ref_logps" in batch else None
         joined = batch["tokens"].ndim == 2
-        if not joined:
+        if joined:
+            positive = ops.branch_numbers(batch["segment_ids"]) == 1 + data.POSITIVE
+            batch = {**batch, "loss_mask": batch["loss_mask"] & ~positive}
+        else:
             batch = {name: batch[name][:, 1:] for name in _answers.TOKENS}
         found = _reference.under_reference(
             reference,

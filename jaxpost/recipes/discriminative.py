@@ -136,7 +136,7 @@ def discriminative_loss(
 
     Its method state is `init_memory`'s: the moving averages of the batch's examples are
     read and written at the batch's `example_index`, int32 `[B]`, each once. An index
-    outside the table makes the loss NaN, so that the step is refused.
+    outside `[0, count)` makes the loss NaN, so that the step is refused.
 
     Args:
         score: from `_answer_scores.discriminative_scores`.
@@ -157,7 +157,8 @@ def discriminative_loss(
         real = _answers.real_rows(batch)
         # Rows of padding go beyond the table, where nothing is written.
         index = batch["example_index"]
-        index = jnp.where(real & (index >= 0), index, table.shape[0])
+        known = real & (index >= 0) & (index < count)
+        index = jnp.where(known, index, table.shape[0])
         old = table.at[index].get(mode="fill", fill_value=jnp.nan)
         old = jnp.where(real, old, 0.0)
         found = _answer_scores.split(score(params, {**batch, "log_u": old}), variant)

@@ -363,11 +363,14 @@ def test_microbatches_are_the_whole_batch_and_each_writes_its_examples():
     )
 
 
-@pytest.mark.parametrize("place", [256, 2**31 - 1, -1])
-def test_a_place_outside_the_table_is_refused(place):
+@pytest.mark.parametrize(
+    ("place", "count"), [(256, 256), (2**31 - 1, 256), (-1, 256), (250, 250)]
+)
+def test_a_place_outside_the_table_is_refused(place, count):
+    """Also where the table is longer than there are examples."""
     tx = optax.sgd(0.1)
-    places = [*PLACES[:7], place]
-    step = jax.jit(training.make_train_step(loss_of(count=256), tx))
+    places = [200, 3, 77, 4, 0, 249, 128, place]
+    step = jax.jit(training.make_train_step(loss_of(count=count), tx))
     state, metrics = step(before := state_of(tx), batch_of(items(), places))
     assert float(metrics["nonfinite"]) == 1.0  # the loss term
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True):
