@@ -65,6 +65,7 @@ def load(folder, folders, *flags, **changes):
             "samples": 2,
             "epochs": 2,
             "minibatches": 2,
+            "slots": 8,
             "max_new_tokens": NEW_TOKENS,
             "show_every": 2,
         },

@@ -86,10 +86,10 @@ def test_the_formula_gives_the_distributions_of_the_table():
     ("reference", "beta", "start", "samples"),
     [
         (BASE, 1.0, BASE, None),
-        (BASE, 1.0, [0.25] * 4, 2048),
+        pytest.param(BASE, 1.0, [0.25] * 4, 2048, marks=pytest.mark.slow),
         (SFT, 1.0, SFT, None),
         (SFT, 1.0, SFT, 2048),
-        (SFT, 2.0, SFT, None),
+        pytest.param(SFT, 2.0, SFT, None, marks=pytest.mark.slow),
     ],
     ids=["base", "base-sampled", "sft", "sft-sampled", "sft-held-tighter"],
 )
