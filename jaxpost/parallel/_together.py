@@ -6,6 +6,7 @@ collectives between CPU processes give up after half a minute.
 
 import ctypes
 import itertools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -31,32 +32,36 @@ def wait_for_processes(name: str, *, deadline_s: float = _WAIT_S) -> None:
         _client().wait_at_barrier(meeting, int(deadline_s * 1000))
 
 
-def on_first_process(name: str, job: Callable[[], None]) -> None:
+def on_first_process(name: str, job: Callable[[], Any]) -> Any:
     """Runs `job` on process 0 alone, and returns, or fails, on all of them.
 
     Args:
         name: of what is done, for the error on the other processes.
         job: must need no other process.
 
+    Returns:
+        What `job` returned; with several processes it must be a JSON value.
+
     Raises:
         Exception: on process 0, what `job` raised.
         FirstProcessError: on the others, with the words of that error.
     """
     if jax.process_count() == 1:
-        job()
-        return
+        return job()
     key = f"jaxpost/{next(_meetings)}/{name}"
     if jax.process_index() == 0:
         try:
-            job()
+            value = job()
+            word = json.dumps({"done": value})
         except BaseException as error:
-            _client().key_value_set(key, f"failed: {error}")
+            _client().key_value_set(key, json.dumps({"failed": str(error)}))
             raise
-        _client().key_value_set(key, "done")
-        return
-    word = _client().blocking_key_value_get(key, int(_WAIT_S * 1000))
-    if word != "done":
-        raise FirstProcessError(f"{name} on process 0 {word}")
+        _client().key_value_set(key, word)
+        return value
+    word = json.loads(_client().blocking_key_value_get(key, int(_WAIT_S * 1000)))
+    if "failed" in word:
+        raise FirstProcessError(f"{name} on process 0 failed: {word['failed']}")
+    return word["done"]
 
 
 def compile_together(jitted: Any) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpost import data, generation, losses, rewards
+from jaxpost import data, generation, losses, parallel, rewards
 from jaxpost.typing import BRANCH
 
 STEP = 64
@@ -74,12 +74,16 @@ def judged(
     completions of the same kind, and every column of the rows by name.
     """
     shape = (len(prompts), samples)
-    texts = [tokenizer.decode(answer.tokens.tolist()) for answer in answers]
+    texts = [
+        tokenizer.decode(answer.tokens.tolist(), skip_special=True)
+        for answer in answers
+    ]
     count = len(texts)
     verdicts = rewards.Scores(np.zeros(count), np.ones(count, bool), {}, {})
     if judge is not None:
         asked = [prompt for prompt in prompts for _ in range(samples)]
-        verdicts = judge(
+        verdicts = _ask_once(
+            judge,
             [prompt.columns.get("prompt", prompt.columns) for prompt in asked],
             [
                 _as_asked(prompt, text)
@@ -100,6 +104,24 @@ def judged(
         given=verdicts.given.reshape(shape),
         numbers={**verdicts.numbers, "rollout/near_draws": float(near)},
         parts={name: part.reshape(shape) for name, part in verdicts.parts.items()},
+    )
+
+
+def _ask_once(judge: Judge, *arguments: Any, **columns: Any) -> rewards.Scores:
+    """The judge's word, on process 0 alone: one that is late or draws at random must
+    not tell each process something else."""
+
+    def plain() -> list[Any]:
+        found = judge(*arguments, **columns)
+        parts = {name: part.tolist() for name, part in found.parts.items()}
+        return [found.rewards.tolist(), found.given.tolist(), found.numbers, parts]
+
+    total, given, numbers, parts = parallel.on_first_process("rewards", plain)
+    return rewards.Scores(
+        np.array(total, np.float64),
+        np.array(given, bool),
+        numbers,
+        {name: np.array(part, np.float64) for name, part in parts.items()},
     )
 
 
@@ -249,7 +271,10 @@ def describe(played: Played, *, groups: bool = True) -> dict[str, float]:
     numbers = dict(played.numbers)
     numbers["reward"] = _mean(played.rewards[given])
     if groups:
-        spreads = [r[g].std() if g.any() else 0.0 for r, g in _groups(played)]
+        spreads = [
+            r[g].std(ddof=1) if g.sum() > 1 else 0.0
+            for r, g in zip(played.rewards, given, strict=True)
+        ]
         numbers["reward_std"] = float(np.mean(spreads))
         numbers["frac_reward_zero_std"] = float(np.mean(np.array(spreads) == 0.0))
     ended = lengths[~played.truncated]
@@ -261,10 +286,6 @@ def describe(played: Played, *, groups: bool = True) -> dict[str, float]:
     entropies = np.concatenate([answer.entropies for answer in played.answers])
     numbers["entropy"] = _mean(entropies)
     return numbers
-
-
-def _groups(played: Played):
-    return zip(played.rewards, played.given, strict=True)
 
 
 def _mean(values: np.ndarray) -> float:
