@@ -28,12 +28,18 @@ Rows = dict[str, dict]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One row: which script in which environment, with which flags."""
+    """One row: which script in which environment, with which flags.
+
+    `without` are sizes of the benchmark's that the script does not know; `times` is how
+    many more calls than the others it times, which suits short ones.
+    """
 
     name: str
     env: str
     script: str
     flags: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    times: int = 1
 
     @property
     def python(self) -> pathlib.Path:
@@ -236,8 +242,10 @@ def _measure(
 ) -> tuple[dict, str | None]:
     """One process of one row: what it printed, and what is wrong with it."""
     command = [str(entry.python), str(HERE / "rivals" / entry.script), *entry.flags]
-    command += [f"--{benchmark.unit}", str(args.count), "--warmup", str(args.warmup)]
-    command += ["--threads", str(args.threads), "--sizes", json.dumps(args.sizes)]
+    sizes = {k: v for k, v in args.sizes.items() if k not in entry.without}
+    count = args.count * entry.times
+    command += [f"--{benchmark.unit}", str(count), "--warmup", str(args.warmup)]
+    command += ["--threads", str(args.threads), "--sizes", json.dumps(sizes)]
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     env |= {
         "GLIBC_TUNABLES": HUGE_PAGES,

@@ -7,8 +7,9 @@ Two kinds of work. The stream: 512 prompts whose answers have very different len
 (geometric, mean 64, at most 512), 16 at a time. Everyone gets the same lengths and uses
 them only to stop there, but that our static batches have no more room than they need.
 Equal work: 16 prompts, 128 tokens each. Each measurement is a fresh process; rounds are
-interleaved. `--sizes` of the stream (`stream`, `mean_tokens`, `most_tokens`) are for
-`--only` its rows. Writes `benchmarks/results/rollout.json`.
+interleaved. Equal work is timed three times as often, being short. A shorter stream
+does for a first look: `--rounds 1 --warmup 1 --sizes '{"stream": 128}'`. Writes
+`benchmarks/results/rollout.json`.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from rich.table import Table
 
 STREAM, BATCHES = "jaxpost, stream", "jaxpost, stream in batches"
 EQUAL = "jaxpost, equal"
+STREAM_SIZES = ("stream", "mean_tokens", "most_tokens")
 ENTRIES = (
     Entry(STREAM, OWN, "rollout_jaxpost.py"),
     Entry(BATCHES, OWN, "rollout_jaxpost.py", ("--work", "batches")),
@@ -41,9 +43,15 @@ ENTRIES = (
         "rollout_transformers.py",
         ("--work", "continuous"),
     ),
-    Entry(EQUAL, OWN, "rollout_jaxpost.py", ("--work", "equal")),
-    Entry("transformers, equal", TORCH, "generate_transformers.py"),
-    Entry("Tunix, equal", TUNIX, "generate_tunix.py"),
+    Entry(EQUAL, OWN, "rollout_jaxpost.py", ("--work", "equal"), times=3),
+    Entry(
+        "transformers, equal",
+        TORCH,
+        "generate_transformers.py",
+        without=STREAM_SIZES,
+        times=3,
+    ),
+    Entry("Tunix, equal", TUNIX, "generate_tunix.py", without=STREAM_SIZES, times=3),
 )
 SPEEDS = (
     ("the stream, ours over transformers", 8.0, STREAM, "transformers, stream"),
