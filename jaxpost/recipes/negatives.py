@@ -258,10 +258,10 @@ def _draw_missing(
     )
     if start:
         shown.note(f"{file.path} already has {start} of {len(items)} rows")
+    count = _Counter(start * columns, shown)
     try:
         for first in range(start, len(items), window):
             part = items[first : first + window]
-            count = _Counter(first * columns, shown)
             draws = sampler.draw(part, first, progress=count)
             file.append(
                 [_line(item, row) for item, row in zip(part, draws, strict=True)]
@@ -271,17 +271,28 @@ def _draw_missing(
 
 
 class _Counter:
-    """Adds up the progress of columns, each of which counts from zero."""
+    """Adds up the progress of columns, each of which counts from zero.
+
+    Args:
+        done: negatives that were there before.
+        shown: gets the sums.
+    """
 
     def __init__(self, done: int, shown: training.Progress):
-        self._before, self._column, self._shown = done, 0, shown
+        self._done, self._shown = done, shown
+        self._tokens, self._seconds = 0, 0.0
+        self._column: generation.TextStats | None = None
 
     def __call__(self, stats: generation.TextStats) -> None:
-        if stats.done <= self._column:
-            self._before += self._column
-        self._column = stats.done
-        done = self._before + self._column
-        self._shown.update(done, {"tokens/s": stats.tokens_per_s})
+        last = self._column
+        if last is not None and stats.done <= last.done:
+            self._done += last.done
+            self._tokens += last.new_tokens
+            self._seconds += last.seconds
+        self._column = stats
+        tokens = self._tokens + stats.new_tokens
+        seconds = max(self._seconds + stats.seconds, 1e-9)
+        self._shown.update(self._done + stats.done, {"tokens/s": tokens / seconds})
 
 
 def _line(item: Item, draws: list[Draw]) -> Mapping[str, Any]:

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpost import data, models, weights
+from jaxpost import data, generation, models, weights
 from jaxpost.recipes import _negatives_file
 from jaxpost.recipes._negatives_draw import faults_of
 from jaxpost.recipes._negatives_rows import sampling_prompt, split_answer
 from jaxpost.recipes.generate import run_generate
-from jaxpost.recipes.negatives import NegativesConfig, run_negatives
+from jaxpost.recipes.negatives import NegativesConfig, _Counter, run_negatives
 
 WORDS = ["red", "green", "blue", "cold", "warm", "tall", "small", "old"]
 NEW = 12
@@ -506,3 +506,26 @@ def test_a_killed_command_goes_on_bit_for_bit(place, tmp_path):
     assert out.read_bytes() == whole.read_bytes()
     summaries = [tmp_path / f"{p.stem}.summary.json" for p in (whole, out)]
     assert summaries[0].read_bytes() == summaries[1].read_bytes()
+
+
+def test_progress_adds_up_columns_and_windows():
+    shown = []
+
+    class Shown:
+        def update(self, done, values):
+            shown.append((done, values["tokens/s"]))
+
+    count = _Counter(6, Shown())
+    # A window of three prompts, then one of two, with two columns each.
+    for done, tokens, seconds in (
+        (1, 10, 1.0),
+        (3, 30, 2.0),
+        (3, 30, 1.0),
+        (1, 4, 1.0),
+        (2, 10, 1.0),
+        (2, 10, 1.0),
+    ):
+        count(generation.TextStats(done, 9, 0, tokens, 0, seconds))
+    assert [done for done, _ in shown] == [7, 9, 12, 13, 14, 16]
+    rates = [10.0, 15.0, 20.0, 16.0, 17.5, 16.0]
+    assert [rate for _, rate in shown] == pytest.approx(rates)
