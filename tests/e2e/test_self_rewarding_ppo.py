@@ -12,7 +12,7 @@ import yaml
 from toy_config import toy_config
 
 from jaxpost import data, models, recipes, training, weights
-from jaxpost.recipes import self_rewarding_ppo
+from jaxpost.recipes import ppo, self_rewarding_ppo
 from jaxpost.recipes._config import ConfigError
 from jaxpost.recipes._frozen import VocabularyMismatchError
 from jaxpost.typing import BRANCH
@@ -79,6 +79,8 @@ def load(folder, folders, *flags, **changes):
             "save_every": 2,
         },
     }
+    if "self_reward" in changes and changes["self_reward"] is None:
+        del sections["self_reward"], changes["self_reward"]
     merged = {n: v | changes.pop(n, {}) for n, v in sections.items()}
     config = toy_config(**merged) | {"recipe": "self_rewarding_ppo"} | changes
     path = folder / "config.yaml"
@@ -280,3 +282,39 @@ def test_models_and_settings_that_do_not_fit_are_refused(folders, tmp_path):
         data={"max_length": 100},
         rollout={"max_new_tokens": 80},
     )
+
+
+@pytest.mark.slow
+def test_ppo_learns_from_a_function_and_pulls_in_the_loss(folders, tmp_path):
+    """Rewarded: tokens of the lower half of the ids; some answers without verdict."""
+    seen = []
+
+    def low(completion_ids, answer):
+        assert len(answer) == len(completion_ids)
+        found = [float(np.mean(np.array(ids) < 190)) for ids in completion_ids]
+        seen.append(np.mean(found))
+        return [None if n % 8 == 7 else reward for n, reward in enumerate(found)]
+
+    config = load(
+        tmp_path,
+        folders,
+        recipe="ppo",
+        self_reward=None,
+        kl={"in_loss": 0.01},
+        rollout={"samples": 4, "temperature": 1.2, "mask_truncated": False},
+        policy={"entropy_coefficient": 1e-3},
+        optimizer={"learning_rate": "1e-2"},
+        critic={"clip": 0.2},
+        train={"steps": 48, "batch_size": 16, "save_every": 0},
+        export={"enabled": False},
+    )
+    state = ppo.run(config, rewards={"low": low})
+    lines = lines_of(tmp_path / "toy")
+    first, last = lines[1], lines[-1]
+    assert last["reward"] > first["reward"] + 0.2
+    assert last["val/explained_variance"] > first["val/explained_variance"]
+    assert last["rewards/low/mean"] == pytest.approx(last["reward"], abs=1e-6)
+    assert {"loss/kl", "loss/entropy", "val/clipfrac_avg"} <= last.keys()
+    assert last["objective/non_score_reward"] == 0.0
+    assert set(state.frozen) == {"reference"}
+    assert len(seen) == 48 // 4
