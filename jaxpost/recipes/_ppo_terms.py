@@ -10,13 +10,51 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxpost import losses, models, ops
+from jaxpost import losses, models, ops, training
 from jaxpost.recipes import _policy
 from jaxpost.recipes._answers import TokenLogps
 from jaxpost.recipes._policy import KLSection, PolicySection
+from jaxpost.recipes._rounds import RolloutSection
 from jaxpost.typing import Batch, LossFn, LossOutput, Metric, Params, Term
 
 CRITIC = "critic"
+
+
+# A section that is given in part takes the rest from its own class, so PPO's defaults
+# need classes of their own.
+@dataclasses.dataclass(frozen=True)
+class PPORolloutSection(RolloutSection):
+    """How answers are drawn, and how often they are trained on.
+
+    Attributes:
+        samples: Answers to each prompt.
+        epochs: Passes over a round.
+    """
+
+    samples: int = 1
+    epochs: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOKLSection(KLSection):
+    """How the policy is held near its reference; see docs/policy_optimisation.md.
+
+    Attributes:
+        in_reward: Coefficient of the log-ratio taken off the rewards.
+    """
+
+    in_reward: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPOOptimizerConfig(training.OptimizerConfig):
+    """Which optimizer, with which schedule.
+
+    Attributes:
+        learning_rate: peak learning rate of the policy.
+    """
+
+    learning_rate: float = 5e-7
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,14 @@ from typing import Literal
 
 from jaxpost import training
 from jaxpost.recipes import _ppo_round, _ppo_run, _reference, _rewards, _run, _setup
-from jaxpost.recipes._policy import KLSection, PolicySection
+from jaxpost.recipes._policy import PolicySection
 from jaxpost.recipes._ppo_round import AdvantageSection
-from jaxpost.recipes._ppo_terms import CriticSection
-from jaxpost.recipes._rounds import RolloutSection
+from jaxpost.recipes._ppo_terms import (
+    CriticSection,
+    PPOKLSection,
+    PPOOptimizerConfig,
+    PPORolloutSection,
+)
 from jaxpost.recipes._sections import (
     DataSection,
     ExportSection,
@@ -56,17 +60,17 @@ class PPOConfig:
     run_root: str = "runs"
     seed: int = 0
     rewards: tuple[RewardSection, ...] = (RewardSection(),)
-    rollout: RolloutSection = RolloutSection(samples=1, epochs=4)
+    rollout: PPORolloutSection = PPORolloutSection()
     advantage: AdvantageSection = AdvantageSection()
     policy: PolicySection = PolicySection()
     critic: CriticSection = CriticSection()
-    kl: KLSection = KLSection(in_reward=0.05)
+    kl: PPOKLSection = PPOKLSection()
     processes: ProcessesSection = ProcessesSection()
     mesh: MeshSection = MeshSection()
     model: ModelSection = ModelSection()
     lora: LoraSection = LoraSection()
     data: DataSection = DataSection()
-    optimizer: training.OptimizerConfig = training.OptimizerConfig(learning_rate=1e-6)
+    optimizer: PPOOptimizerConfig = PPOOptimizerConfig()
     train: TrainSection = TrainSection()
     export: ExportSection = ExportSection()
 

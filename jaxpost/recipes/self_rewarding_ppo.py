@@ -27,11 +27,15 @@ from jaxpost.recipes import (
     _setup,
 )
 from jaxpost.recipes._config import ConfigError
-from jaxpost.recipes._policy import KLSection, PolicySection
+from jaxpost.recipes._policy import PolicySection
 from jaxpost.recipes._ppo_round import AdvantageSection, Earned, EarnFn
-from jaxpost.recipes._ppo_terms import CriticSection
+from jaxpost.recipes._ppo_terms import (
+    CriticSection,
+    PPOKLSection,
+    PPOOptimizerConfig,
+    PPORolloutSection,
+)
 from jaxpost.recipes._round_rows import Played
-from jaxpost.recipes._rounds import RolloutSection
 from jaxpost.recipes._run import Run
 from jaxpost.recipes._sections import (
     DataSection,
@@ -101,8 +105,8 @@ class SelfRewardingPPOConfig:
     seed: int = 0
     self_reward: SelfRewardSection = SelfRewardSection()
     reference: Literal["sft", "base", "none"] = "sft"
-    kl: KLSection = KLSection(in_reward=0.05)
-    rollout: RolloutSection = RolloutSection(samples=1, epochs=4)
+    kl: PPOKLSection = PPOKLSection()
+    rollout: PPORolloutSection = PPORolloutSection()
     advantage: AdvantageSection = AdvantageSection()
     policy: PolicySection = PolicySection()
     critic: CriticSection = CriticSection()
@@ -112,7 +116,7 @@ class SelfRewardingPPOConfig:
     model: ModelSection = ModelSection()
     lora: LoraSection = LoraSection()
     data: DataSection = DataSection()
-    optimizer: training.OptimizerConfig = training.OptimizerConfig(learning_rate=5e-7)
+    optimizer: PPOOptimizerConfig = PPOOptimizerConfig()
     train: TrainSection = TrainSection()
     export: ExportSection = ExportSection()
 

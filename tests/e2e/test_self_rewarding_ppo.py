@@ -300,7 +300,7 @@ def test_ppo_learns_from_a_function_and_pulls_in_the_loss(folders, tmp_path):
         folders,
         recipe="ppo",
         self_reward=None,
-        kl={"in_loss": 0.01},
+        kl={"in_loss": 0.01, "in_reward": 0.0},
         rollout={"samples": 4, "temperature": 1.2, "mask_truncated": False},
         policy={"entropy_coefficient": 1e-3},
         optimizer={"learning_rate": "1e-2"},

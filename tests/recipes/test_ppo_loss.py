@@ -11,8 +11,9 @@ import pytest
 from oracles import decoder as decoder_oracle
 from oracles import policy as oracle
 
-from jaxpost import data, models, ops, parallel, testing, training
+from jaxpost import data, models, ops, parallel, recipes, testing, training
 from jaxpost.recipes import _ppo_round, _ppo_run, _ppo_terms, _round_rows
+from jaxpost.recipes._config import from_mapping
 from jaxpost.recipes._policy import KLSection, PolicySection
 from jaxpost.recipes._ppo_round import AdvantageSection
 from jaxpost.recipes._ppo_terms import CriticSection
@@ -527,3 +528,18 @@ def test_mesh_kit_of_ppo():
 def test_settings_that_cannot_be_used_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("recipe", ["ppo", "self_rewarding_ppo"])
+def test_a_section_given_in_part_keeps_the_defaults_of_ppo(recipe):
+    values = {
+        "recipe": recipe,
+        "rollout": {"max_new_tokens": 9},
+        "kl": {"estimator": "k3"},
+        "optimizer": {"schedule": "constant"},
+    }
+    config = from_mapping(recipes.config_type(values, None), values)
+    assert (config.rollout.samples, config.rollout.epochs) == (1, 4)
+    assert config.kl.in_reward == 0.05
+    assert config.optimizer.learning_rate == 5e-7
+    assert config.critic.learning_rate == 9e-6
