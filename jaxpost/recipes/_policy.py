@@ -142,8 +142,8 @@ def token_stats(
         hidden,
         model.unembed(params),
         batch["tokens"],
-        # Not as `grad_weights`: advantages and ratios differ between tokens, and a wrong
-        # guess costs six products with the head where none costs four.
+        # Not as `grad_weights`: advantages and ratios differ between tokens, and a
+        # wrong guess costs six products with the head where none costs four.
         mask=batch["loss_mask"],
         temperature=temperature,
         with_entropy=with_entropy,
