@@ -30,8 +30,8 @@ Rows = dict[str, dict]
 class Entry:
     """One row: which script in which environment, with which flags.
 
-    `without` are sizes of the benchmark's that the script does not know; `times` is how
-    many more calls than the others it times, which suits short ones.
+    `without` are sizes of the benchmark's that the script does not know; `times`
+    multiplies how much is timed, for rows that are short.
     """
 
     name: str
