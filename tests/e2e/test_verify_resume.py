@@ -27,6 +27,7 @@ def config_file(tmp_path_factory):
     return str(write_config(tmp_path_factory.mktemp("config"), CONFIG))
 
 
+@pytest.mark.slow
 def test_one_kill(config_file):
     (verdict,) = verify_resume(config_file, kills=1, seed=1)
     assert verdict.problems == []

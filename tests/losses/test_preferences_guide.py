@@ -5,6 +5,7 @@ import re
 import runpy
 
 import numpy as np
+import pytest
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
@@ -21,6 +22,7 @@ def test_examples_run():
             np.testing.assert_array_equal(names["outliers"], [False, True])
 
 
+@pytest.mark.slow
 def test_figure_is_drawn(tmp_path):
     script = runpy.run_path(str(DOCS / "figures" / "pairwise_losses.py"))
     drawn = script["draw"](tmp_path).read_text("utf-8")

@@ -158,7 +158,9 @@ def test_gradient_equals_a_directional_difference(name):
     assert slope == pytest.approx(difference, rel=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize(
+    "remat", [pytest.param("full", marks=pytest.mark.slow), "dots"]
+)
 def test_rematerialisation_changes_nothing(remat):
     config = families.CONFIGS["llama"]
     model = families.build(config)

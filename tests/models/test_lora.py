@@ -196,6 +196,7 @@ def test_adapters_compute_in_the_dtype_of_the_activations():
         "full",
     ],
 )
+@pytest.mark.slow
 def test_remat_changes_no_gradient(remat):
     model, _ = adapted("llama")
     other = models.Model(model.params, model.config.replace(remat=remat))

@@ -48,6 +48,7 @@ def hidden(model):
     return np.asarray(output.hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), [("int8", "qwen3"), ("nf4", "llama")])
 def test_the_scan_computes_with_the_widened_kernels(qwix, kind, name):
     quantized = models.quantize_base(adapted(name), kind)

@@ -180,6 +180,7 @@ def moved(batch, shift):
     }
 
 
+@pytest.mark.slow
 def test_padding_on_either_side_and_longer_rows_change_nothing():
     items, params = pairs(), params_with_reference()
     (expected, _), grads = value_and_grad(loss_of("r3m"), params, batch_of(items))

@@ -86,7 +86,13 @@ PLAIN = """
 """
 
 
-@pytest.mark.parametrize("script", [EQUINOX, PLAIN], ids=["equinox", "plain"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(EQUINOX, marks=pytest.mark.slow, id="equinox"),
+        pytest.param(PLAIN, id="plain"),
+    ],
+)
 def test_trains_without_flax(script):
     process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(COMMON) + textwrap.dedent(script)],
