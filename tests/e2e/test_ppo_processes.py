@@ -6,46 +6,17 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from toy_config import toy_config, write_config
-
-from jaxpost import data, models, weights
+from toy_models import TRAIN, save_pair
 
 ROOT = pathlib.Path(__file__).parents[2]
-TRAIN = "builtin:arithmetic?count=24&grades=1"
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A base model, and another one in place of what fine-tuning makes of it."""
-    root = tmp_path_factory.mktemp("models")
-    texts = [
-        row.columns[name]
-        for row in data.load_rows(TRAIN)
-        for name in ("prompt", "completion")
-    ]
-    tokenizer = data.train_word_tokenizer(texts)
-    config = models.DecoderConfig(
-        family="llama",
-        vocab_size=tokenizer.vocab_size + tokenizer.vocab_size % 2,
-        hidden_size=16,
-        intermediate_size=32,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=8,
-        max_positions=128,
-        tie_embeddings=False,
-    )
-    base = models.build(config, jax.random.key(5))
-    head = base.params["head"]["kernel"]
-    tuned = head + 0.2 * jax.random.normal(jax.random.key(6), head.shape)
-    for name, kernel in (("base", head), ("sft", tuned)):
-        model = base.replace(params=base.params | {"head": {"kernel": kernel}})
-        weights.save(model, root / name, tokenizer=tokenizer)
-    return {name: str(root / name) for name in ("base", "sft")}
+    return save_pair(tmp_path_factory.mktemp("models"))
 
 
 def train(folder, folders, *, devices, processes=1):
