@@ -1,6 +1,7 @@
 """Completions of prompts by a model in Hugging Face layout: `jaxpost generate`."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,6 @@ def run_generate(
     Raises:
         ValueError: neither prompts nor a file are given, or a prompt cannot be used.
     """
-    import rich.markup
-
     if not prompt and prompts is None:
         raise ValueError("give --prompt TEXT or --prompts FILE.")
     loaded = weights.load(model, dtype=jnp.dtype(dtype))
@@ -80,45 +79,41 @@ def run_generate(
         "stop_strings": stop,
         "batch_size": batch_size,
     }
-    completions: list[generation.Completion] = []
+    model_words = (loaded, loaded.params, encode, words.decode)
     with _Progress(len(rows)) as progress:
-        if output is not None:
+        if output is None:
+            asked = [text for text, _ in texts]
+            completions, stats = generation.generate_text(
+                *model_words, asked, progress=progress, **common
+            )
+            _print(progress.console, asked, completions)
+        else:
             lines = [
                 {**row.columns, "prompt": text}
                 for row, (text, _) in zip(rows, texts, strict=True)
             ]
             stats = generation.write_completions(
-                output,
-                lines,
-                loaded,
-                loaded.params,
-                encode,
-                words.decode,
-                progress=progress,
-                **common,
+                output, lines, *model_words, progress=progress, **common
             )
-        else:
-            result = generation.generate_text(
-                loaded,
-                loaded.params,
-                encode,
-                words.decode,
-                [text for text, _ in texts],
-                progress=progress,
-                **common,
-            )
-            completions, stats = result
-    for (text, _), completion in zip(texts, completions, strict=False):
-        progress.console.print(
-            f"[dim]{rich.markup.escape(text)}[/]{rich.markup.escape(completion.text)}",
-            highlight=False,
-            soft_wrap=True,
-        )
     progress.console.print(
         f"{stats.done} of {stats.total} prompts, {stats.new_tokens} new tokens, "
         f"{stats.tokens_per_s:.0f} tokens/s"
     )
     return stats
+
+
+def _print(
+    console: Any, prompts: Sequence[str], completions: Sequence[generation.Completion]
+) -> None:
+    """Each prompt, dimmed, with what goes on from it."""
+    import rich.markup
+
+    for text, completion in zip(prompts, completions, strict=True):
+        console.print(
+            f"[dim]{rich.markup.escape(text)}[/]{rich.markup.escape(completion.text)}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _encoder(
