@@ -7,7 +7,7 @@ from jaxpost.ops._chunks import default_chunk_size
 from jaxpost.ops._dtypes import at_least_float32, compute_dtype
 from jaxpost.ops._kl import kl_estimate
 from jaxpost.ops._linear_divergence import linear_divergence
-from jaxpost.ops._linear_logps import linear_token_logps
+from jaxpost.ops._linear_logps import TokenSlopes, linear_token_logps
 from jaxpost.ops._linear_sequences import linear_sequence_logps
 from jaxpost.ops._linear_support import (
     Support,
@@ -27,6 +27,7 @@ from jaxpost.ops._trees import join_trees
 
 __all__ = [
     "Support",
+    "TokenSlopes",
     "answer_sums",
     "at_least_float32",
     "attention",

@@ -39,6 +39,7 @@ class Settings:
     with_entropy: bool
     with_top1: bool
     vocab_axis: str | None
+    slope: Callable[..., jax.Array] | None = None
 
 
 class Inputs(NamedTuple):
@@ -49,7 +50,7 @@ class Inputs(NamedTuple):
         weight: `[D, V]`, `V` being this device's part if sharded.
         bias: `[V]` or None.
         targets: `[A, S]`, ids in the whole vocabulary.
-        grad_weights: `[A, S]` or None.
+        grad_weights: `[A, S]`, or a tuple of such columns if there is a slope, or None.
         trips: how many chunks to walk, a scalar.
     """
 
@@ -57,17 +58,19 @@ class Inputs(NamedTuple):
     weight: jax.Array
     bias: jax.Array | None
     targets: jax.Array
-    grad_weights: jax.Array | None
+    grad_weights: jax.Array | tuple[jax.Array, ...] | None
     trips: jax.Array | int
 
 
 class Stats(NamedTuple):
-    """Per token, `[A, S]`, zero in chunks not walked; `log_norm` is `logsumexp(z)`."""
+    """Per token, `[A, S]`, zero in chunks not walked; `log_norm` is `logsumexp(z)`, and
+    `weights` what a slope gave."""
 
     logps: jax.Array
     log_norm: jax.Array
     entropy: jax.Array | None
     top1: jax.Array | None
+    weights: jax.Array | None = None
 
 
 class Grads(NamedTuple):
@@ -140,6 +143,7 @@ def forward_sweep(
         per_token(),
         per_token() if settings.with_entropy else None,
         per_token() if settings.with_top1 else None,
+        per_token() if with_grads and settings.slope is not None else None,
     )
     grads = zero_grads(settings, inputs) if with_grads else None
 
@@ -156,7 +160,12 @@ def forward_sweep(
         )
         if grads is not None:
             assert inputs.grad_weights is not None
-            weights = take_chunk(inputs.grad_weights, i, settings.columns)
+            weights = jax.tree.map(
+                lambda x: take_chunk(x, i, settings.columns), inputs.grad_weights
+            )
+            if settings.slope is not None:
+                weights = settings.slope(chunk.logps, *weights).astype(settings.dtype)
+                found = found._replace(weights=weights)
             of_chunk = chunk_grads(settings, inputs, hidden, chunk, targets, weights)
             grads = with_chunk(grads, i, of_chunk)
         return jax.tree.map(lambda b, x: put_chunk(b, i, x), stats, found), grads

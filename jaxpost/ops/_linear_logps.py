@@ -5,7 +5,9 @@ and backward. Knows arrays, a head and perhaps the name of a mesh axis; no model
 loss.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,13 +34,33 @@ from jaxpost.typing import Head, TokenStats
 IMPLEMENTATIONS = ("chunked", "dense")
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["columns"],
+    meta_fields=["function"],
+)
+@dataclasses.dataclass(frozen=True)
+class TokenSlopes:
+    """How a loss will depend on each token's log-prob, for `grad_weights`.
+
+    Fields:
+        columns: what the slope depends on besides, float `[B, T]` each.
+        function: from log-probs `[C]` of some tokens and their parts of the columns to
+            the loss's derivatives by the log-probs, up to one factor common to all
+            tokens, `[C]`; finite for columns of zeros.
+    """
+
+    columns: tuple[jax.Array, ...]
+    function: Callable[..., jax.Array]
+
+
 def linear_token_logps(
     hidden: jax.Array,
     head: Head | jax.Array,
     targets: jax.Array,
     *,
     mask: jax.Array | None = None,
-    grad_weights: jax.Array | None = None,
+    grad_weights: jax.Array | TokenSlopes | None = None,
     chunk_size: int | None = None,
     temperature: float = 1.0,
     with_entropy: bool = False,
@@ -69,7 +91,8 @@ def linear_token_logps(
             tokens. Also the mask: tokens of weight zero are not scored. Otherwise a
             hint for speed only: should the cotangent of `logps` turn out different, or
             that of `entropy` not zero, the backward pass computes the gradients anew.
-            No gradient reaches it.
+            No gradient reaches it. Where the factor depends on the log-prob, as that of
+            a probability ratio does, `TokenSlopes`, which may go with `mask`.
         chunk_size: tokens per chunk; None chooses: 32 MiB of logits, but at least 512
             tokens on CPU and 2048 elsewhere.
         temperature: divides the (capped) logits.
@@ -103,7 +126,7 @@ def linear_token_logps(
             f"implementation must be one of {', '.join(IMPLEMENTATIONS)} or None, got "
             f"{implementation!r}."
         )
-    if mask is None and grad_weights is not None:
+    if mask is None and isinstance(grad_weights, jax.Array | np.ndarray):
         mask = grad_weights.astype(bool)
     if implementation == "dense":
         if vocab_axis is not None:
@@ -125,6 +148,7 @@ def linear_token_logps(
         with_entropy,
         with_top1,
         vocab_axis,
+        grad_weights.function if isinstance(grad_weights, TokenSlopes) else None,
     )
     return _chunked(settings, layout, hidden, head, targets, mask, grad_weights)
 
@@ -132,9 +156,11 @@ def linear_token_logps(
 def _chunked(settings, layout: Layout, hidden, head, targets, mask, grad_weights):
     """Bring scored tokens to the front of their rows, sweep, put results back."""
     walk = plan_walk(layout, mask)
-    if grad_weights is not None:
-        grad_weights = lax.stop_gradient(grad_weights).astype(settings.dtype)
-        grad_weights = walk.bring(grad_weights)
+    if isinstance(grad_weights, TokenSlopes):
+        grad_weights = grad_weights.columns
+    grad_weights = jax.tree.map(
+        lambda x: walk.bring(lax.stop_gradient(x).astype(settings.dtype)), grad_weights
+    )
     inputs = Inputs(
         walk.bring(hidden),
         head.weight,
@@ -172,15 +198,12 @@ def _sweep_bwd(settings, saved, cotangents):
     if grads is None:
         start, trips = zero_grads(settings, inputs), inputs.trips
     else:
-        # Tokens of weight zero were not scored: nothing is to be had from theirs.
-        scored = inputs.grad_weights != 0
-        start, trips = scale_if_foreseen(
-            inputs.grad_weights,
-            inputs.trips,
-            grads,
-            jnp.where(scored, logps_bar, 0),
-            None if entropy_bar is None else jnp.where(scored, entropy_bar, 0),
-        )
+        weights, bars = stats.weights, (logps_bar, entropy_bar)
+        if weights is None:
+            # Tokens of weight zero were not scored: nothing is to be had from theirs.
+            weights = inputs.grad_weights
+            bars = jax.tree.map(lambda bar: jnp.where(weights != 0, bar, 0), bars)
+        start, trips = scale_if_foreseen(weights, inputs.trips, grads, *bars)
     bars = gradient_sweep(settings, inputs, stats, logps_bar, entropy_bar, start, trips)
     bars = jax.tree.map(
         lambda bar, x: bar.astype(x.dtype),
@@ -230,13 +253,18 @@ def _check(hidden, head, targets, mask, grad_weights, chunk_size, temperature):
         )
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise ValueError(f"targets must be integers, got dtype {targets.dtype}.")
-    if mask is not None and grad_weights is not None:
+    columns = {"grad_weights": grad_weights}
+    if isinstance(grad_weights, TokenSlopes):
+        columns = {
+            f"grad_weights.columns[{i}]": x for i, x in enumerate(grad_weights.columns)
+        }
+    elif mask is not None and grad_weights is not None:
         raise ValueError(
             "give mask or grad_weights, not both: tokens of weight zero are masked."
         )
     if mask is not None and mask.dtype != jnp.bool_:
         raise ValueError(f"mask must be boolean, got dtype {mask.dtype}.")
-    for name, x in (("mask", mask), ("grad_weights", grad_weights)):
+    for name, x in {"mask": mask, **columns}.items():
         if x is not None and x.shape != targets.shape:
             raise ValueError(
                 f"{name} must have the shape of targets {targets.shape}, got {x.shape}."

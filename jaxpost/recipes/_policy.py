@@ -115,6 +115,7 @@ def token_stats(
     with_entropy: bool = False,
     dtype: jnp.dtype | None = None,
     token_logps: TokenLogps = ops.linear_token_logps,
+    slopes: ops.TokenSlopes | None = None,
 ) -> TokenStats:
     """Log-probs of the trained tokens of joined rows, the prompt read once for all.
 
@@ -126,6 +127,7 @@ def token_stats(
         with_entropy: also the entropy of each token's distribution.
         dtype: compute dtype that the parameters are cast to; None casts nothing.
         token_logps: on a mesh, from `parallel.split_vocabulary`.
+        slopes: of the loss, from `token_slopes`, where gradients are wanted.
 
     Returns:
         float32 or wider `[R, W]`, each at the token's own column; anything where
@@ -142,12 +144,47 @@ def token_stats(
         hidden,
         model.unembed(params),
         batch["tokens"],
-        # Not as `grad_weights`: advantages and ratios differ between tokens, and a
-        # wrong guess costs six products with the head where none costs four.
         mask=batch["loss_mask"],
+        grad_weights=slopes,
         temperature=temperature,
         with_entropy=with_entropy,
     )
+
+
+def token_slopes(
+    batch: Batch, section: PolicySection, kl: KLSection
+) -> ops.TokenSlopes | None:
+    """What the terms of `policy_terms` will ask of each token's log-prob, so that the
+    products with the head are three and not four; None where that depends on others.
+
+    Args:
+        batch, section, kl: as of `policy_terms`.
+    """
+    if section.ratio == "sequence" or section.entropy_coefficient:
+        return None
+    names = tuple(
+        name
+        for name in ("advantages", "sampling_logps", "old_logps", "ref_logps")
+        if name in batch
+    )
+    names = ("loss_mask", "loss_weights", *names)
+
+    def slope(logps: jax.Array, *columns: jax.Array) -> jax.Array:
+        part = dict(zip(names, (column[None] for column in columns), strict=True))
+        part["loss_mask"] = part["loss_mask"] != 0
+        part["loss_counts"] = jnp.ones((1,), logps.dtype)  # common to all tokens
+
+        def total(logps: jax.Array) -> jax.Array:
+            stats = TokenStats(logps[None], None, None)
+            terms, _ = policy_terms(stats, part, section, kl)
+            return sum(
+                (term.coefficient * term.total for term in terms.values()),
+                start=jnp.zeros((), logps.dtype),
+            )
+
+        return jax.grad(total)(logps)
+
+    return ops.TokenSlopes(tuple(batch[name] for name in names), slope)
 
 
 def policy_terms(

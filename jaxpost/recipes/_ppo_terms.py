@@ -158,6 +158,7 @@ def ppo_loss(
             with_entropy=policy.entropy_coefficient > 0.0,
             dtype=dtype,
             token_logps=token_logps,
+            slopes=_policy.token_slopes(batch, policy, kl),
         )
         terms, metrics = _policy.policy_terms(stats, batch, policy, kl)
         values, _ = token_values(critic, params[CRITIC], batch, dtype=dtype)

@@ -234,6 +234,7 @@ class Rounds(Iterator[Batch]):
 
     def _play(self, number: int, state: training.TrainState) -> None:
         """Draws and judges round `number`, from 0."""
+        jax.block_until_ready(state.params)  # the step before is not this round's time
         start = time.perf_counter()
         run, section = self._run, self._section
         chosen = next(self._prompts)["number"]

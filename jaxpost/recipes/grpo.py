@@ -137,6 +137,7 @@ def grpo_loss(
             with_entropy=policy.entropy_coefficient > 0.0,
             dtype=dtype,
             token_logps=token_logps,
+            slopes=_policy.token_slopes(batch, policy, kl),
         )
         terms, metrics = _policy.policy_terms(stats, batch, policy, kl)
         return LossOutput(terms, metrics, method_state)
