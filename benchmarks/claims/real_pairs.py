@@ -244,7 +244,7 @@ def markdown_table(report: dict[str, Any]) -> str:
                 run["method"],
                 before,
                 after,
-                f"{run['margin_before']:.2f}",
+                f"{run['margin_before']:.3f}",
                 "{:+.2f} [{:+.2f}, {:+.2f}]".format(*run["margin"]),
                 f"{100 * run['train_accuracy']:.0f}",
             ]
