@@ -81,6 +81,7 @@ def with_split_vocabulary(shape):
 
 
 @pytest.mark.parametrize("shape", FAST[1:], ids=str)
+@pytest.mark.slow
 def test_split_vocabulary_is_the_same_step(shape):
     rows = batch()
     plain, state = step_and_state(sft.sft_loss(model()))

@@ -306,6 +306,7 @@ def test_long_examples_are_shortened_and_controls_made_visible(
     assert text.endswith(" there<|im_end|>")
 
 
+@pytest.mark.slow
 def test_checks_of_real_pairs(shared_data):
     tokenizer = data.load_tokenizer(shared_data / "tokenizers" / "phi3_mini")
     check = data.check_data(

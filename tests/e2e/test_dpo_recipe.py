@@ -233,6 +233,7 @@ def test_adapters_take_their_base_as_reference(tmp_path):
     assert receipt["max_logit_difference"] <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_margin_that_is_not_finite_names_its_pairs(tmp_path, monkeypatch):
     whole = losses.dpo_margins
 

@@ -95,7 +95,7 @@ def test_the_export_is_the_policy(finished):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-@pytest.mark.parametrize("kept", [3, 6])
+@pytest.mark.parametrize("kept", [pytest.param(3, marks=pytest.mark.slow), 6])
 def test_resuming_within_a_round_is_the_same_run(finished, tmp_path, kept):
     """Killed after a step in the middle of a round, which the checkpoint holds."""
     folder, wanted = finished

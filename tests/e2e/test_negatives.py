@@ -266,6 +266,7 @@ def test_the_system_message_is_sampled_with_and_not_written(place, finished, tmp
         np.testing.assert_allclose(line["negative_logps"][0], want, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_conversations_keep_their_messages(place, tmp_path):
     """Prompts stay messages, answers become texts; template blanks are not doubled."""
     user = {"role": "user", "content": "red old"}

@@ -251,6 +251,7 @@ def test_rm_bench_styles(place, tmp_path):
         run(place, tmp_path / "b.jsonl", layout="rm-bench")
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_are_counted(place, tmp_path):
     rows = (place / "pairs.jsonl").read_text() + json.dumps(
         {"prompt": "red ", "chosen": "old", "rejected": "old"}

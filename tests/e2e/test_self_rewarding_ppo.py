@@ -70,6 +70,7 @@ def same(one, two):
         np.testing.assert_array_equal(left, right)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_within_a_round_is_the_same_bit_for_bit(folders, tmp_path):
     """Rounds are of four steps; what is left of one run ends after its sixth step."""
     config = load(

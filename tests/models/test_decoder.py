@@ -127,6 +127,7 @@ def test_masked_tokens_change_nothing():
 @pytest.mark.parametrize(
     "name", [pytest.param("qwen3", marks=pytest.mark.slow), "gemma2"]
 )
+@pytest.mark.slow
 def test_gradient_equals_a_directional_difference(name):
     config = families.CONFIGS[name]
     with jax.enable_x64(True):

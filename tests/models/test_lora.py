@@ -129,6 +129,7 @@ def test_merging_a_narrow_base_keeps_what_was_added():
 @pytest.mark.parametrize(
     "name", [pytest.param("llama", marks=pytest.mark.slow), "qwen3"]
 )
+@pytest.mark.slow
 def test_gradients_are_those_of_the_merged_kernels_by_the_chain_rule(name):
     """`dA = s dW B'` and `dB = s A' dW`, with `dW` from a model without adapters."""
     model, _ = adapted(name)

@@ -108,6 +108,7 @@ MESHES = [
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.slow
 def test_sharded_equals_unsharded(shape):
     config = families.CONFIGS["llama"]
     mesh = parallel.make_mesh(shape)

@@ -96,6 +96,7 @@ def test_padding_side_does_not_matter(name):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.slow
 def test_a_bad_row_of_the_embedding_under_the_mask_changes_nothing(side):
     model = scored()
     tokens = np.maximum(tokens_of(model.config), 1)  # id 0 is padding alone

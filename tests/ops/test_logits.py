@@ -51,6 +51,7 @@ def test_entropy_of_removed_tokens():
     np.testing.assert_allclose(gradient, 0.0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_bfloat16_products_are_summed_in_float32():
     hidden, weight = (
         jnp.ones((1, 4096), jnp.bfloat16),

@@ -173,6 +173,7 @@ def test_a_cached_teacher_says_what_the_live_one_does():
     chex.assert_trees_all_close(grads, same, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_terms_are_mixed_by_their_coefficients():
     """In the oracle's numbers: the likelihood is that of temperature 1."""
     batch = data.pad_batch(examples(), 16)
@@ -381,6 +382,7 @@ def test_settings_that_contradict_each_other():
         distill.OnPolicySection(top_p=2.0)
 
 
+@pytest.mark.slow
 def test_the_guides_example_runs():
     guide = pathlib.Path(__file__).parents[2] / "docs" / "distillation.md"
     blocks = re.findall(r"```python\n(.*?)```", guide.read_text("utf-8"), re.DOTALL)

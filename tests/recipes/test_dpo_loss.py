@@ -357,6 +357,7 @@ def test_mesh_kit():
     [pytest.param(None, marks=pytest.mark.slow), "r3m"],
     ids=["tokens", "foreseen"],
 )
+@pytest.mark.slow
 def test_joined_answers_give_the_same(hint, monkeypatch):
     """Prompts once in a row, and gradients formed at once, change no number."""
     if hint is not None:  # as on one device

@@ -275,6 +275,7 @@ def step_and_state():
     return step, training.init_state(params, tx, jax.random.key(1))
 
 
+@pytest.mark.slow
 def test_mesh_kit():
     step, state = step_and_state()
     testing.assert_mesh_invariant(
