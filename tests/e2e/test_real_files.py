@@ -67,6 +67,6 @@ def test_stories_learn_real_problems(stories, shared_data, tmp_path):
     first, last = lines[0], lines[-1]
     assert last["eval_loss"] < 0.9 * first["eval_loss"]
     assert last["eval_loss"] < last["eval_unigram_loss"]
-    assert 200 < last["bad_rows/too_long"] < 260
+    assert 200 < last["data/bad_rows/too_long"] < 260
     receipt = tmp_path / "stories_gsm8k" / "export" / "export_report.json"
     assert json.loads(receipt.read_text())["max_logit_difference"] < 1e-4
