@@ -264,6 +264,7 @@ def slope_grads(settings, inputs, hidden, scores, slopes, factor) -> ChunkGrads:
 
 
 def with_chunk(grads: Grads, i, chunk: ChunkGrads) -> Grads:
+    """The gradients with those of chunk `i` put or added in."""
     return Grads(
         put_chunk(grads.hidden, i, chunk.hidden),
         chunk.add_weight(grads.weight),
@@ -372,6 +373,7 @@ def _top1(settings, chunk: Chunk, targets):
 
 
 def over_vocab(settings, reduce, x):
+    """`reduce` over the parts of the vocabulary; `x` itself if it is whole."""
     return x if settings.vocab_axis is None else reduce(x, settings.vocab_axis)
 
 
@@ -428,4 +430,5 @@ def vary_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 
 def zeros_over(shape, dtype, axes):
+    """Zeros that may differ over `axes`, as the carry of a loop under `shard_map`."""
     return vary_over(jnp.zeros(shape, dtype), axes)

@@ -387,4 +387,8 @@ def test_the_guides_example_runs():
     guide = pathlib.Path(__file__).parents[2] / "docs" / "distillation.md"
     blocks = re.findall(r"```python\n(.*?)```", guide.read_text("utf-8"), re.DOTALL)
     (block,) = blocks
-    exec(compile(block, str(guide), "exec"), {})
+    names: dict = {}
+    exec(compile(block, str(guide), "exec"), names)
+    assert names["values"].shape == names["fewer"].shape == (2, 5)
+    assert float(names["values"].min()) > 0.0
+    assert float(names["fewer"].min()) >= 0.0
