@@ -16,6 +16,7 @@ BUILT_IN: dict[str, Callable[..., RewardFn]] = {
     "format": _verifiers.format,
     "length": _verifiers.length,
     "regex": _verifiers.regex,
+    "target_length": _verifiers.target_length,
 }
 CAN_HANG = {"regex"}
 """Built-in rewards whose time depends on their settings."""
@@ -26,8 +27,8 @@ class RewardSection:
     """One reward of a config; see docs/rewards.md.
 
     Attributes:
-        name: Built-in (arithmetic, exact_match, format, length, regex), or
-            package.module:function for one's own.
+        name: Built-in (arithmetic, exact_match, format, length, regex, target_length),
+            or package.module:function for one's own.
         weight: Factor in the total; 0 only logs it.
         label: What metrics call it; the last part of the name if not given.
         settings: Of a built-in reward, or more arguments for one's own.

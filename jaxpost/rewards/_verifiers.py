@@ -5,12 +5,13 @@ its pattern), and give None where the row says nothing to check against.
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any, ParamSpec
 
 from jaxpost import prompts as texts
-from jaxpost.rewards._worker import missing_column
+from jaxpost.rewards._worker import RewardError, missing_column
 from jaxpost.typing import RewardFn
 
 P = ParamSpec("P")
@@ -196,3 +197,73 @@ def length(longest: int, *, soft: int = 0) -> RewardFn:
         return min((longest - soft - tokens) / soft, 0.0) if soft else 0.0
 
     return _of_answers(lambda _, ids: penalty(len(ids)))
+
+
+@_named
+def target_length(
+    target: int | None = None, *, column: str | None = None, scale: float | None = None
+) -> RewardFn:
+    """Minus how far an answer's length is from its target, in units of `scale` tokens.
+
+    With `n` tokens, the end token among them: `-|n - target| / scale`, 0 only at the
+    target, without a bound. Add it to a reward of right answers, with a small weight.
+
+    Args:
+        target: tokens, the same for all rows; none takes `column`.
+        column: of the rows: each prompt's own target (say it in the prompt); no verdict
+            where it is None.
+        scale: how many tokens off cost 1; the target itself if not given.
+
+    Raises:
+        ValueError: both of `target` and `column` or neither, a target below 1, or a
+            scale that is not positive and finite.
+        RewardError: when it is called, a row's target is no whole number of at least 1.
+
+    Source: Aggarwal & Welleck (2025), L1, arXiv 2503.04697 (LCPO-Exact), whose
+    `alpha` is the weight over `scale`, and whose first term is a reward of its own.
+    """
+    if (target is None) == (column is None):
+        raise ValueError(
+            f"give target or column, one of them; got {target!r}, {column!r}."
+        )
+    if target is not None:
+        _check_target(target, "target")
+    if scale is not None and not 0.0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}.")
+
+    def off(wanted: int, ids: list[int]) -> float:
+        return -abs(len(ids) - wanted) / (wanted if scale is None else scale)
+
+    if target is not None:
+        return _of_answers(lambda _, ids: off(target, ids))
+
+    def reward(
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        **columns: list[Any],
+    ) -> list[float | None]:
+        del prompts, completions
+        if column not in columns:
+            raise missing_column(str(column), columns)
+        return [
+            None if own is None else off(_check_target(own, f"column {column!r}"), ids)
+            for own, ids in zip(columns[column], completion_ids, strict=True)
+        ]
+
+    return reward
+
+
+def _check_target(target: Any, where: str) -> int:
+    """A target as a whole number, also if a row gives it as text or as 12.0."""
+    try:
+        whole = int(target)
+        good = whole == float(target) and whole >= 1
+    except (TypeError, ValueError, OverflowError):
+        good = False
+    if not good:
+        raise RewardError(
+            f"{where}: a target length must be a whole number of at least 1, got "
+            f"{target!r}."
+        )
+    return int(target)

@@ -123,6 +123,31 @@ def test_longer_is_never_better(longest, data):
     assert min(found) == -1.0
 
 
+def test_target_length_is_the_distance():
+    """L1's second term, with its alpha as 1 / scale."""
+    ids = [[0] * tokens for tokens in (0, 3, 4, 5, 12)]
+    found = judge(rewards.target_length(4), [""] * 5, ids)
+    assert found == [-1.0, -0.25, 0.0, -0.25, -2.0]
+    found = judge(rewards.target_length(4, scale=0.5), [""] * 5, ids)
+    assert found == [-8.0, -2.0, 0.0, -2.0, -16.0]
+
+
+def test_each_row_may_have_its_own_target_length():
+    ids = [[0] * tokens for tokens in (2, 6, 6, 6)]
+    own = rewards.target_length(column="wanted")
+    assert judge(own, [""] * 4, ids, wanted=[4, "8", 6.0, None]) == [
+        -0.5,
+        -0.25,
+        0.0,
+        None,
+    ]
+    with pytest.raises(rewards.RewardError, match="'wanted'.*rows have 'answer'"):
+        judge(own, [""] * 4, ids, answer=[1] * 4)
+    for wrong in (0, 2.5, "long", float("inf"), [4]):
+        with pytest.raises(rewards.RewardError, match="column 'wanted': a target leng"):
+            judge(own, [""], [[0]], wanted=[wrong])
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=40), st.text(max_size=10))
 def test_no_text_breaks_them(completion, answer):
@@ -152,6 +177,10 @@ def test_messages_are_read_like_texts():
         (lambda: rewards.format(mark=" "), "mark must not be empty"),
         (lambda: rewards.length(0), "longest must be at least 1"),
         (lambda: rewards.length(4, soft=5), "between 0 and longest 4, got 5"),
+        (lambda: rewards.target_length(), "give target or column, one of them"),
+        (lambda: rewards.target_length(3, column="a"), "one of them; got 3, 'a'"),
+        (lambda: rewards.target_length(0), "target: a target length must be a whole"),
+        (lambda: rewards.target_length(3, scale=0.0), "scale must be positive"),
         (lambda: judge(rewards.arithmetic("total"), ["4"], answer=["4"]), "'total'"),
     ],
 )
