@@ -14,6 +14,7 @@ _ROOMS = frozenset(
         "data",
         "evaluation",
         "generation",
+        "graphs",
         "losses",
         "models",
         "ops",

@@ -1,6 +1,17 @@
 """Losses: arrays in, unreduced values and their weights out, never a mean."""
 
 from jaxpost.losses._adaptive import AdaptiveOutput, adaptive_scaling
+from jaxpost.losses._columns import (
+    CCAOutput,
+    alignment,
+    cca_ssg,
+    column_standardize,
+    constant_columns,
+    scalar_whiten,
+    uniformity,
+    zca_whiten,
+)
+from jaxpost.losses._contrastive import nt_xent
 from jaxpost.losses._discriminative import (
     DiscriminativeOutput,
     check_discriminative,
@@ -30,6 +41,7 @@ from jaxpost.losses._value import clipped_value
 
 __all__ = [
     "AdaptiveOutput",
+    "CCAOutput",
     "ClippedPolicyOutput",
     "DiscriminativeOutput",
     "PairwiseConfig",
@@ -37,11 +49,15 @@ __all__ = [
     "R3MOutput",
     "Rest",
     "adaptive_scaling",
+    "alignment",
     "bradley_terry",
+    "cca_ssg",
     "check_clips",
     "check_discriminative",
     "clipped_policy",
     "clipped_value",
+    "column_standardize",
+    "constant_columns",
     "discriminative",
     "divergence",
     "dpo_margins",
@@ -49,11 +65,15 @@ __all__ = [
     "importance_weights",
     "init_log_u",
     "ipo",
+    "nt_xent",
     "pairwise_loss",
     "r3m",
     "reward_centering",
     "robust_dpo",
+    "scalar_whiten",
     "sft",
     "support_divergence",
     "token_weights",
+    "uniformity",
+    "zca_whiten",
 ]

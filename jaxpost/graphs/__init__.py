@@ -1,0 +1,81 @@
+"""Contrastive learning of node representations, on `jraph.GraphsTuple`.
+
+The container, everywhere: one graph; `nodes` is a dense `[N, F]` array or a
+`SparseFeatures`; `senders` and `receivers` are int32 `[E]` and list an undirected edge
+in both directions, without self-loops (encoders add their own); `edges` is None, which
+is weight 1 for each edge, or weights, float `[E]`. Zero is a dropped edge: shapes stay.
+`make_graph` builds one with edges sorted by receiver; any other order works too.
+
+What is sorted once per graph lives in a `GraphPlan` (`plan_graph`, `plan_for`), which
+every function takes as an option and makes itself when it is not given.
+"""
+
+from jaxpost.graphs._augment import AugmentConfig, augment, keep_columns
+from jaxpost.graphs._container import (
+    SparseFeatures,
+    count_nodes,
+    edge_weights,
+    make_graph,
+    sparse_features,
+)
+from jaxpost.graphs._encoders import Encoder, EncoderConfig, build_encoder
+from jaxpost.graphs._objectives import (
+    Objective,
+    ObjectiveConfig,
+    init_objective,
+    objective,
+    project,
+)
+from jaxpost.graphs._patterns import (
+    GraphPlan,
+    Pattern,
+    edge_pairs,
+    make_pattern,
+    plan_graph,
+    sparse_matmul,
+)
+from jaxpost.graphs._train import (
+    ContrastiveConfig,
+    ContrastiveState,
+    embed,
+    init_state,
+    make_step,
+    plan_for,
+    train_epochs,
+    train_seeds,
+    two_views,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "ContrastiveConfig",
+    "ContrastiveState",
+    "Encoder",
+    "EncoderConfig",
+    "GraphPlan",
+    "Objective",
+    "ObjectiveConfig",
+    "Pattern",
+    "SparseFeatures",
+    "augment",
+    "build_encoder",
+    "count_nodes",
+    "edge_pairs",
+    "edge_weights",
+    "embed",
+    "init_objective",
+    "init_state",
+    "keep_columns",
+    "make_graph",
+    "make_pattern",
+    "make_step",
+    "objective",
+    "plan_for",
+    "plan_graph",
+    "project",
+    "sparse_features",
+    "sparse_matmul",
+    "train_epochs",
+    "train_seeds",
+    "two_views",
+]
