@@ -1,0 +1,135 @@
+"""The Newton system of one iterate: `A z = b`, `b = -(grad_x L; c)`.
+
+`A = [[B, G^T], [G, 0]]`, `B` the Hessian of the Lagrangian, shifted where its curvature
+on the null space of `G` is not positive. The paper's constants of accuracy are here.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpost.solvers._options import SolveOptions
+
+
+class NewtonSystem(NamedTuple):
+    """What the inner solvers see.
+
+    Fields:
+        products: `v -> A v`, `[n + m]` to the same.
+        rows: `S -> S A`, sketch vectors in rows, `[s, n + m]` to the same.
+        right: `b`, `[n + m]`.
+        matrix: `A` itself, or None when matrix-free.
+        shift: what was added to the diagonal of the Hessian.
+        scale: `norm(A) Psi`, which the theory's accuracy is divided by; 1 for a
+            relative accuracy.
+        rounding: residual below which rounding hides any gain, relative to `norm(z)`.
+        delta_bound: `eta1, eta2 -> delta_trial`.
+    """
+
+    products: Callable[[jax.Array], jax.Array]
+    rows: Callable[[jax.Array], jax.Array]
+    right: jax.Array
+    matrix: jax.Array | None
+    shift: jax.Array
+    scale: jax.Array
+    rounding: jax.Array
+    delta_bound: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def kkt_matrix(hessian: jax.Array, jacobian: jax.Array) -> jax.Array:
+    """`[[B, G^T], [G, 0]]`."""
+    size = jacobian.shape[0]
+    corner = jnp.zeros((size, size), hessian.dtype)
+    return jnp.block([[hessian, jacobian.T], [jacobian, corner]])
+
+
+def smallest_eigenvalue(jacobian: jax.Array) -> jax.Array:
+    """Of `G G^T` [xi_G]."""
+    return jnp.linalg.eigvalsh(jacobian @ jacobian.T)[0]
+
+
+def is_singular(
+    jacobian: jax.Array, eigenvalue: jax.Array, options: SolveOptions
+) -> jax.Array:
+    """Whether the guard ends the solve here."""
+    if options.guard == "none":
+        return jnp.asarray(False)
+    if options.guard == "published":
+        return eigenvalue < 1e-2
+    norms = jnp.linalg.norm(jacobian, axis=1, keepdims=True)
+    scaled = jacobian / jnp.where(norms > 0.0, norms, 1.0)
+    return smallest_eigenvalue(scaled) < options.guard_min
+
+
+def hessian_shift(
+    hessian: jax.Array, jacobian: jax.Array, options: SolveOptions
+) -> jax.Array:
+    """What to add to the diagonal for curvature on the null space of `G`."""
+    size = jacobian.shape[0]
+    if options.hessian_check == "none" or size == hessian.shape[0]:
+        return jnp.zeros((), hessian.dtype)
+    basis = jnp.linalg.qr(jacobian.T, mode="complete")[0][:, size:]
+    smallest = jnp.linalg.eigvalsh(basis.T @ hessian @ basis)[0]
+    if options.hessian_shift == "frobenius":
+        shift = options.shift_margin + jnp.linalg.norm(hessian)
+    else:
+        shift = options.shift_margin - smallest
+    return jnp.where(smallest < options.curvature_min, shift, 0.0)
+
+
+def dense_system(
+    hessian: jax.Array,
+    jacobian: jax.Array,
+    right: jax.Array,
+    eigenvalue: jax.Array,
+    options: SolveOptions,
+) -> NewtonSystem:
+    """The system with its matrix."""
+    shift = hessian_shift(hessian, jacobian, options)
+    shifted = hessian + shift * jnp.eye(hessian.shape[0], dtype=hessian.dtype)
+    matrix = kkt_matrix(shifted, jacobian)
+    norm = jnp.linalg.norm(matrix)
+    rounding = 4.0 * jnp.finfo(matrix.dtype).eps * norm
+    scale, delta_bound = jnp.ones_like(norm), lambda eta1, eta2: jnp.inf * eta2
+    if options.accuracy == "theory":
+        psi = conditioning(shifted, eigenvalue, options.shift_margin)
+        upsilon = largest_norm(hessian, jacobian)
+        scale = norm * psi
+        delta_bound = lambda eta1, eta2: theory_accuracy(  # noqa: E731
+            eta1, eta2, psi, upsilon, options.armijo
+        )
+    return NewtonSystem(
+        products=lambda v: matrix @ v,
+        rows=lambda s: s @ matrix,
+        right=right,
+        matrix=matrix,
+        shift=shift,
+        scale=scale,
+        rounding=rounding,
+        delta_bound=delta_bound,
+    )
+
+
+def conditioning(shifted: jax.Array, eigenvalue: jax.Array, margin: float) -> jax.Array:
+    """`Psi = 20 max(|B|_F^2, 1) / (min(xi_G, 1) min(xi_B, 1))`."""
+    top = 20.0 * jnp.maximum(jnp.sum(shifted**2), 1.0)
+    return top / (jnp.minimum(eigenvalue, 1.0) * min(margin, 1.0))
+
+
+def largest_norm(hessian: jax.Array, jacobian: jax.Array) -> jax.Array:
+    """`Upsilon = max(|G|_F, |Hessian of L|_F, 1)`."""
+    largest = jnp.maximum(jnp.linalg.norm(jacobian), jnp.linalg.norm(hessian))
+    return jnp.maximum(largest, 1.0)
+
+
+def theory_accuracy(
+    eta1: jax.Array,
+    eta2: jax.Array,
+    psi: jax.Array,
+    upsilon: jax.Array,
+    armijo: float,
+) -> jax.Array:
+    """`delta_trial = (1/2 - beta) eta2 / ((1 + eta1 + eta2) Upsilon^2 Psi^2)`."""
+    return (0.5 - armijo) * eta2 / ((1.0 + eta1 + eta2) * upsilon**2 * psi**2)

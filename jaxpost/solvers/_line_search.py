@@ -1,0 +1,56 @@
+"""Backtracking on the merit: halve the step until it brings its share of decrease."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpost.solvers._options import SolveOptions
+
+
+class LineSearch(NamedTuple):
+    """Fields: `step_size`, `merit` there, `trials` made (int32), `failed` (bool)."""
+
+    step_size: jax.Array
+    merit: jax.Array
+    trials: jax.Array
+    failed: jax.Array
+
+
+def backtrack(
+    merit_at: Callable[[jax.Array], jax.Array],
+    merit: jax.Array,
+    slope: jax.Array,
+    options: SolveOptions,
+) -> LineSearch:
+    """The first of 1, 1/2, 1/4, … with `M(alpha) <= M + alpha beta slope`.
+
+    Args:
+        merit_at: merit as a function of the step's share `alpha`.
+        merit: merit at 0.
+        slope: derivative of the merit along the step.
+        options: `armijo` [beta] and `step_min`.
+
+    A trial whose merit is not finite is refused. A few units of rounding of the merit
+    are allowed for: near a solution the decrease is smaller than that.
+    """
+    slack = 8.0 * jnp.finfo(merit.dtype).eps * jnp.abs(merit)
+
+    def refused(alpha, value):
+        enough = value <= merit + alpha * options.armijo * slope + slack
+        return ~(enough & jnp.isfinite(value))
+
+    def unfinished(state):
+        alpha, value, _ = state
+        return refused(alpha, value) & (alpha >= 2.0 * options.step_min)
+
+    def halve(state):
+        alpha, _, trials = state
+        alpha = 0.5 * alpha
+        return alpha, merit_at(alpha), trials + 1
+
+    full = jnp.ones_like(merit)
+    start = (full, merit_at(full), jnp.ones((), jnp.int32))
+    alpha, value, trials = jax.lax.while_loop(unfinished, halve, start)
+    return LineSearch(alpha, value, trials, refused(alpha, value))
