@@ -11,14 +11,28 @@ every function takes as an option and makes itself when it is not given.
 """
 
 from jaxpost.graphs._augment import AugmentConfig, augment, keep_columns
+from jaxpost.graphs._check import GraphError, GraphWarning
 from jaxpost.graphs._container import (
     SparseFeatures,
     count_nodes,
     edge_weights,
+    edges_of,
+    features_of,
     make_graph,
     sparse_features,
 )
 from jaxpost.graphs._encoders import Encoder, EncoderConfig, build_encoder
+from jaxpost.graphs._formats import from_networkx, load_edge_list, to_networkx
+from jaxpost.graphs._io import (
+    NodeData,
+    builtin,
+    load_dataset,
+    load_npz,
+    node_data,
+    random_masks,
+    row_normalize,
+    save_npz,
+)
 from jaxpost.graphs._objectives import (
     Objective,
     ObjectiveConfig,
@@ -34,6 +48,8 @@ from jaxpost.graphs._patterns import (
     plan_graph,
     sparse_matmul,
 )
+from jaxpost.graphs._planetoid import load_pickle, load_planetoid
+from jaxpost.graphs._smooth import smooth
 from jaxpost.graphs._train import (
     ContrastiveConfig,
     ContrastiveState,
@@ -52,29 +68,47 @@ __all__ = [
     "ContrastiveState",
     "Encoder",
     "EncoderConfig",
+    "GraphError",
     "GraphPlan",
+    "GraphWarning",
+    "NodeData",
     "Objective",
     "ObjectiveConfig",
     "Pattern",
     "SparseFeatures",
     "augment",
     "build_encoder",
+    "builtin",
     "count_nodes",
     "edge_pairs",
     "edge_weights",
+    "edges_of",
     "embed",
+    "features_of",
+    "from_networkx",
     "init_objective",
     "init_state",
     "keep_columns",
+    "load_dataset",
+    "load_edge_list",
+    "load_npz",
+    "load_pickle",
+    "load_planetoid",
     "make_graph",
     "make_pattern",
     "make_step",
+    "node_data",
     "objective",
     "plan_for",
     "plan_graph",
     "project",
+    "random_masks",
+    "row_normalize",
+    "save_npz",
+    "smooth",
     "sparse_features",
     "sparse_matmul",
+    "to_networkx",
     "train_epochs",
     "train_seeds",
     "two_views",
