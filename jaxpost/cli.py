@@ -169,6 +169,47 @@ def convert(arguments: Sequence[str]) -> int:
     return 0
 
 
+def graph_train(arguments: Sequence[str]) -> int:
+    """Learn node embeddings of a graph, and probe them (recipe clnr)."""
+    from jaxpost import recipes
+    from jaxpost.recipes.clnr import CLNRConfig
+
+    prog = "jaxpost graph train [CONFIG] [--dataset NAME] [--resume]"
+    resume, flags = _take_switch("--resume", arguments)
+    if flags and not flags[0].startswith("-"):
+        config = recipes.load_config(flags[0], flags[1:], prog=prog)
+    else:
+        config = recipes.with_flags(CLNRConfig(), flags, prog=prog)
+    if not isinstance(config, CLNRConfig):
+        raise ValueError(f"{flags[0]}: is for recipe {config.recipe}, not clnr.")
+    recipes.run(config, resume=resume)
+    return 0
+
+
+def graph_embed(arguments: Sequence[str]) -> int:
+    """Embed the nodes of a graph with a trained encoder."""
+    from jaxpost.recipes import graph as tools
+
+    tools.embed(_parse(tools.EmbedArgs, arguments, "jaxpost graph embed"))
+    return 0
+
+
+def graph_probe(arguments: Sequence[str]) -> int:
+    """Judge embeddings of nodes by their classes."""
+    from jaxpost.recipes import graph as tools
+
+    tools.probe(_parse(tools.ProbeArgs, arguments, "jaxpost graph probe"))
+    return 0
+
+
+def graph_convert(arguments: Sequence[str]) -> int:
+    """Convert planetoid's files or an edge list to one .npz."""
+    from jaxpost.recipes import graph as tools
+
+    tools.convert(_parse(tools.ConvertGraphArgs, arguments, "jaxpost graph convert"))
+    return 0
+
+
 def report(arguments: Sequence[str]) -> int:
     """Write an HTML report of one or more run folders."""
     from jaxpost import reports
@@ -203,6 +244,10 @@ VERBS = {
     "score": Verb(score, computes=True),
     "convert": Verb(convert),
     "data check": Verb(data_check),
+    "graph train": Verb(graph_train, computes=True),
+    "graph embed": Verb(graph_embed, computes=True),
+    "graph probe": Verb(graph_probe, computes=True),
+    "graph convert": Verb(graph_convert),
     "report": Verb(report),
     "demo": Verb(demo, computes=True),
 }
@@ -254,7 +299,7 @@ def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
         if name in VERBS:
             return name, arguments[words:]
     words = [word for word in arguments[:2] if not word.startswith("-")]
-    return " ".join(words if arguments[0] == "data" else words[:1]), []
+    return " ".join(words if arguments[0] in ("data", "graph") else words[:1]), []
 
 
 def _unknown_verb(name: str) -> str:
@@ -266,7 +311,7 @@ def _unknown_verb(name: str) -> str:
 def _overview() -> str:
     lines = ["usage: jaxpost VERB ...", ""]
     for name, verb in VERBS.items():
-        lines.append(f"  {name:<12} {(verb.run.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:<13} {(verb.run.__doc__ or '').splitlines()[0]}")
     lines += ["", "'jaxpost VERB --help' shows the flags of a verb.", ""]
     return "\n".join(lines)
 

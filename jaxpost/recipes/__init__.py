@@ -16,6 +16,7 @@ from jaxpost.recipes._config import (
 )
 
 RECIPES = {
+    "clnr": ("jaxpost.recipes.clnr", "CLNRConfig"),
     "control": ("jaxpost.recipes.control", "ControlConfig"),
     "discriminative": ("jaxpost.recipes.discriminative", "DiscriminativeConfig"),
     "distill": ("jaxpost.recipes.distill", "DistillConfig"),
@@ -38,6 +39,7 @@ __all__ = [
     "load_config",
     "run",
     "to_mapping",
+    "with_flags",
 ]
 
 
