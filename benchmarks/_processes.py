@@ -79,6 +79,7 @@ class Benchmark:
         summarise: adds the benchmark's own figures to a row's summary.
         table: shows the rows.
         judge: the promises, as far as the rows were measured.
+        rate: what rows count per second, the `x` of their key `x_per_s`.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Benchmark:
     summarise: Callable[[list[dict]], dict]
     table: Callable[[Rows, argparse.Namespace], Table]
     judge: Callable[[Rows], list[Goal]]
+    rate: str = "tokens"
 
 
 def run(benchmark: Benchmark) -> int:
@@ -116,11 +118,11 @@ def run(benchmark: Benchmark) -> int:
             results[entry.name].append(found)
             console.print(
                 f"round {number}: {entry.name:<31}"
-                f"{found['tokens_per_s']:8.0f} tokens/s "
+                f"{found[f'{benchmark.rate}_per_s']:8.5g} {benchmark.rate}/s "
                 f"{found['peak_bytes'] / 2**20:8.0f} MiB"
             )
     rows = {
-        name: _summarise(runs) | benchmark.summarise(runs)
+        name: _summarise(runs, benchmark.rate) | benchmark.summarise(runs)
         for name, runs in results.items()
         if runs
     }
@@ -266,12 +268,12 @@ def _measure(
     return found, benchmark.problem(entry, found)
 
 
-def _summarise(runs: list[dict]) -> dict:
+def _summarise(runs: list[dict], rate: str) -> dict:
     """Median speed and memory over rounds, with the range of the speed."""
-    speeds = [run["tokens_per_s"] for run in runs]
+    speeds = [run[f"{rate}_per_s"] for run in runs]
     return {
         **{key: runs[0][key] for key in ("settings", "versions", "threads", "sizes")},
-        "tokens_per_s": statistics.median(speeds),
+        f"{rate}_per_s": statistics.median(speeds),
         "slowest": min(speeds),
         "fastest": max(speeds),
         "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the rivals' environments in the project root, so that benchmarks can run them:
-#   .venv-rivals-torch   torch (CPU), transformers, TRL
+#   .venv-rivals-torch   torch (CPU), transformers, TRL, torch-geometric
 #   .venv-rivals-tunix   google-tunix with its own jax and flax (CPU)
 # A second call installs nothing. Usage: benchmarks/rivals/setup.sh [torch|tunix]
 set -euo pipefail
@@ -24,6 +24,10 @@ if [ "$which" = all ] || [ "$which" = torch ]; then
     install $env 'transformers>=5,<6' trl accelerate datasets
     touch $env/.done
   fi
+  if [ ! -f $env/.done-graph ]; then
+    install $env 'torch-geometric>=2.8,<3'
+    touch $env/.done-graph
+  fi
 fi
 
 if [ "$which" = all ] || [ "$which" = tunix ]; then
@@ -40,6 +44,6 @@ for env in .venv-rivals-torch .venv-rivals-tunix; do
   [ -f $env/.done ] || continue
   echo "$env:"
   $env/bin/python -m pip --disable-pip-version-check list 2>/dev/null |
-    grep -iE '^(torch|transformers|trl|accelerate|datasets|google-tunix|jax|jaxlib|flax|optax|numpy) ' |
+    grep -iE '^(torch|transformers|trl|accelerate|datasets|torch[-_]geometric|google-tunix|jax|jaxlib|flax|optax|numpy) ' |
     sed 's/^/  /'
 done
