@@ -21,6 +21,7 @@ def test_overview_names_every_verb(arguments, capsys):
     [
         (["trian"], "Did you mean 'jaxpost train'"),
         (["data", "chekc"], "Did you mean 'jaxpost data check'"),
+        (["graph", "trian"], "Did you mean 'jaxpost graph train'"),
         (["qqq"], "See 'jaxpost --help'"),
         (["train"], "needs a config file first"),
         (["train", "configs/sft/storys.yaml"], "no such config file"),
@@ -49,6 +50,10 @@ def test_each_verb_has_complete_help(verb, monkeypatch, capsys):
         "plan": "--chip",
         "verify-resume": "--kills",
         "data check": "--data.train",
+        "graph train": "--objective.temperature",
+        "graph embed": "--projection",
+        "graph probe": "--protocol",
+        "graph convert": "--repair",
         "generate": "--max-new-tokens",
         "negatives": "--max-redraws",
         "score": "--reference-free",
