@@ -159,6 +159,14 @@ def score(arguments: Sequence[str]) -> int:
     return 0
 
 
+def opt(arguments: Sequence[str]) -> int:
+    """Solve equality-constrained problems, and compare methods on suites of them."""
+    from jaxpost.recipes.opt import OptConfig, run_opt
+
+    run_opt(_parse(OptConfig, arguments, "jaxpost opt"))
+    return 0
+
+
 def convert(arguments: Sequence[str]) -> int:
     """Convert weights to Hugging Face layout and verify the result."""
     from jaxpost import weights
@@ -242,6 +250,7 @@ VERBS = {
     "generate": Verb(generate, computes=True),
     "negatives": Verb(negatives, computes=True),
     "score": Verb(score, computes=True),
+    "opt": Verb(opt, computes=True),
     "convert": Verb(convert),
     "data check": Verb(data_check),
     "graph train": Verb(graph_train, computes=True),

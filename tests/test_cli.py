@@ -57,6 +57,7 @@ def test_each_verb_has_complete_help(verb, monkeypatch, capsys):
         "generate": "--max-new-tokens",
         "negatives": "--max-redraws",
         "score": "--reference-free",
+        "opt": "--suite",
         "convert": "--max-shard-bytes",
         "report": "--out",
         "demo": "--seed",

@@ -1,0 +1,75 @@
+"""Which problems `jaxpost opt` solves: one by name, or a suite, made one at a time."""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxpost.solvers import problems
+
+
+class Task(NamedTuple):
+    """A problem that is made when its turn comes.
+
+    Fields:
+        name: of the problem, unique within a suite and seed.
+        seed: of what is drawn for it, and of the sketches.
+        make: makes it; a ValueError says why there is no such problem.
+    """
+
+    name: str
+    seed: int
+    make: Callable[[], problems.Problem]
+
+
+def tasks_of(config: Any, note: Callable[[str], None]) -> list[Task]:
+    """The problems of a run, by seed.
+
+    Args:
+        config: an `OptConfig`.
+        note: told what takes time before the first problem.
+
+    Raises:
+        ImportError: CUTEst is asked for and sif2jax is not installed.
+        ValueError: no such problem or data file, or one that cannot be solved here.
+    """
+    seeds = range(config.seed, config.seed + config.seeds)
+    if config.suite == "logistic":
+        return _logistic(config, seeds)
+    if (config.problem or "").lower() == "pde":
+        makers = {f"PDE-{grid}": _pde_maker(grid) for grid in config.grid or (3,)}
+    else:
+        note("importing sif2jax (CUTEst), which takes about half a minute")
+        names = (config.problem,) if config.problem else problems.cutest_names()
+        opened = [problems.from_sif2jax(name) for name in names]
+        makers = {problem.name: _constant(problem) for problem in opened}
+    return [Task(name, seed, make) for seed in seeds for name, make in makers.items()]
+
+
+def _logistic(config: Any, seeds: Sequence[int]) -> list[Task]:
+    tasks = []
+    for seed in seeds:
+        for path in config.data:
+            read = problems.read_libsvm(path, labels=config.labels)
+            tasks.append(_logistic_task(read, _stem(path), seed))
+    return tasks
+
+
+def _logistic_task(read: problems.LibsvmData, name: str, seed: int) -> Task:
+    def make() -> problems.Problem:
+        return problems.constrained_logistic(*read, key=jax.random.key(seed), name=name)
+
+    return Task(name, seed, make)
+
+
+def _stem(path: str) -> str:
+    return pathlib.Path(path).name.removesuffix(".gz").removesuffix(".txt")
+
+
+def _pde_maker(grid: int) -> Callable[[], problems.Problem]:
+    return lambda: problems.pde(grid)
+
+
+def _constant(problem: problems.Problem) -> Callable[[], problems.Problem]:
+    return lambda: problem
