@@ -23,6 +23,7 @@ _ROOMS = frozenset(
         "recipes",
         "reports",
         "rewards",
+        "sandbox",
         "testing",
         "training",
         "typing",

@@ -6,6 +6,13 @@ from jaxpost.evaluation._clusters import (
     kmeans,
     normalized_mutual_information,
 )
+from jaxpost.evaluation._detection import (
+    FALSE_POSITIVE_RATES,
+    Detection,
+    detection,
+    pass_at_k,
+    tpr_at_fpr,
+)
 from jaxpost.evaluation._exact_match import ExactMatch, Judged, evaluate_exact_match
 from jaxpost.evaluation._linear_probe import ProbeConfig, ProbeResult, linear_probe
 from jaxpost.evaluation._logistic import LogisticProbe, logistic_probe
@@ -32,8 +39,10 @@ from jaxpost.evaluation._preference_benches import (
 from jaxpost.evaluation._unigram import unigram_loss
 
 __all__ = [
+    "FALSE_POSITIVE_RATES",
     "REWARD_BENCH_SECTIONS",
     "Calibration",
+    "Detection",
     "ExactMatch",
     "Interval",
     "Judged",
@@ -49,16 +58,19 @@ __all__ = [
     "auroc",
     "bootstrap_interval",
     "calibration",
+    "detection",
     "evaluate_exact_match",
     "kmeans",
     "linear_probe",
     "logistic_probe",
     "normalized_mutual_information",
     "pair_accuracy",
+    "pass_at_k",
     "precision_recall_at",
     "reward_bench",
     "rm_bench",
     "rm_bench_by_domain",
+    "tpr_at_fpr",
     "unigram_loss",
     "verdicts",
 ]

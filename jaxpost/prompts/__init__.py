@@ -1,6 +1,6 @@
-"""Strings only: chat templates, and what is read off answers.
+"""Strings only: chat templates, what is read off answers, programs and their edits.
 
-Knows no tokenizer, model or data set.
+Knows no tokenizer or model.
 """
 
 from jaxpost.prompts._answers import (
@@ -11,14 +11,28 @@ from jaxpost.prompts._answers import (
     wrong_calculations,
 )
 from jaxpost.prompts._chat_templates import CHAT_TEMPLATES, CHATML, PLAIN
+from jaxpost.prompts._code_edits import (
+    TokenEdit,
+    drop_comments,
+    edit_items,
+    rename_variables,
+)
+from jaxpost.prompts._code_tasks import FUNCTION_ENDS, CodeTask, code_task
 
 __all__ = [
     "CHATML",
     "CHAT_TEMPLATES",
+    "FUNCTION_ENDS",
     "PLAIN",
+    "CodeTask",
+    "TokenEdit",
     "answers_equal",
+    "code_task",
+    "drop_comments",
+    "edit_items",
     "exact_match",
     "extract_final_answer",
     "normalize_number",
+    "rename_variables",
     "wrong_calculations",
 ]
