@@ -1,5 +1,6 @@
 """Decode loop, sampling, logits processors, stop conditions; functions, not models."""
 
+from jaxpost.generation import watermark
 from jaxpost.generation._config import SamplingConfig
 from jaxpost.generation._decode import trace_counts
 from jaxpost.generation._files import write_completions
@@ -33,5 +34,6 @@ __all__ = [
     "generate_stream",
     "generate_text",
     "trace_counts",
+    "watermark",
     "write_completions",
 ]

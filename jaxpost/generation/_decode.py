@@ -13,7 +13,13 @@ import jax.numpy as jnp
 
 from jaxpost import ops
 from jaxpost.generation._config import SamplerPlan, SamplerValues
-from jaxpost.generation._processors import Processor, ProcessorState, run_processors
+from jaxpost.generation._processors import (
+    Processor,
+    ProcessorPlan,
+    ProcessorState,
+    is_array,
+    run_processors,
+)
 from jaxpost.generation._sampling import sample
 from jaxpost.typing import Cache, DecodeFns, Params
 
@@ -59,14 +65,10 @@ class Functions(NamedTuple):
         if jax.tree_util.treedef_is_leaf(structure):
             three = _Three(fns.apply, fns.unembed, fns.init_cache)
             leaves, structure = jax.tree.flatten(three)
-        return cls(structure, tuple(None if _is_array(x) else x for x in leaves))
+        return cls(structure, tuple(None if is_array(x) else x for x in leaves))
 
     def restore(self) -> DecodeFns:
         return jax.tree.unflatten(self.structure, self.leaves)
-
-
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 class DecodeState(NamedTuple):
@@ -157,7 +159,7 @@ def prefill(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("functions", "plan", "processors"),
+    static_argnames=("functions", "plan", "processing"),
     donate_argnames=("state",),
 )
 def decode(
@@ -166,13 +168,18 @@ def decode(
     state: DecodeState,
     until: jax.Array,
     values: SamplerValues,
+    arrays: tuple[Any, ...],
     *,
     plan: SamplerPlan,
-    processors: tuple[Processor, ...],
+    processing: ProcessorPlan,
 ) -> DecodeState:
-    """Decode until column `until` is reached or no row is left to decode."""
+    """Decode until column `until` is reached or no row is left to decode.
+
+    `processing` and `arrays` are what `ProcessorPlan.of` makes of the processors.
+    """
     TRACES["decode"] += 1
     fns = functions.restore()
+    processors = processing.restore(arrays)
     head = fns.unembed(params)
     # All at once, because a hash per step costs more in launches than in arithmetic.
     uniforms = step_uniforms(state.keys, state.tokens.shape[1])

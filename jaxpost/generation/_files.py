@@ -36,6 +36,7 @@ def write_completions(
     stop_strings: Sequence[str] = (),
     batch_size: int = 16,
     processors: Sequence[Processor] = (),
+    with_ids: bool = False,
     progress: Progress | None = None,
 ) -> TextStats:
     """Answer rows and append one JSON line for each to a file.
@@ -58,6 +59,8 @@ def write_completions(
             place; the other columns are copied and must be JSON.
         fns, params, encode, decode, config, key, stop_strings, batch_size, processors:
             as in `generate_text`.
+        with_ids: also write `prompt_ids` and `completion_ids` (those of
+            `Completion.tokens`).
         progress: called after each answer; skipped rows count as done.
 
     Returns:
@@ -94,7 +97,12 @@ def write_completions(
         for index, answer in answers:
             held[index] = answer
             while written in held:
-                file.write(_line(todo[written][1], held.pop(written)))
+                row, done_answer = todo[written][1], held.pop(written)
+                ids = {}
+                if with_ids:
+                    ids["prompt_ids"] = [int(i) for i in encode(row["prompt"])]
+                    ids["completion_ids"] = [int(i) for i in done_answer.tokens]
+                file.write(_line({**row, **ids}, done_answer))
                 written += 1
             file.flush()
             stats = add_answer(stats, answer, time.perf_counter() - began)

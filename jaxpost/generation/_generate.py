@@ -14,7 +14,7 @@ from jaxpost.generation._config import (
     split_config,
 )
 from jaxpost.generation._decode import DecodeState, Functions, decode, prefill
-from jaxpost.generation._processors import Processor
+from jaxpost.generation._processors import Processor, ProcessorPlan
 from jaxpost.typing import DecodeFns, Params
 
 
@@ -50,7 +50,8 @@ class Session(NamedTuple):
     params: Params
     plan: SamplerPlan
     values: SamplerValues
-    processors: tuple[Processor, ...]
+    processing: ProcessorPlan
+    arrays: tuple[Any, ...]
     state: DecodeState
 
     def advance(self, until: int) -> "Session":
@@ -61,8 +62,9 @@ class Session(NamedTuple):
             self.state,
             np.int32(until),
             self.values,
+            self.arrays,
             plan=self.plan,
-            processors=self.processors,
+            processing=self.processing,
         )
         return self._replace(state=state)
 
@@ -181,7 +183,8 @@ def start(
         room=bucket_length(config.max_new_tokens),
         cache_dtype=dtype,
     )
-    return Session(functions, params, plan, values, tuple(processors), state)
+    processing, arrays = ProcessorPlan.of(processors)
+    return Session(functions, params, plan, values, processing, arrays, state)
 
 
 def bucket_length(length: int, *, minimum: int = 16) -> int:

@@ -5,7 +5,7 @@ moves `sampling_logps` only: `logps` and `entropies` stay those of the model.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -34,12 +34,46 @@ class Processor(Protocol):
     """`(logits [B, V] float32, state) -> (logits [B, V], state)`.
 
     Minus infinity forbids a token. Processors are compiled into the decode program and
-    compared by identity: make them once, not once per call.
+    compared by identity: make them once, not once per call. One that is a registered
+    pytree is told apart by its structure and static fields instead, and its arrays are
+    handed to the program: others of their shapes compile nothing anew.
     """
 
     def __call__(
         self, logits: jax.Array, state: ProcessorState, /
     ) -> tuple[jax.Array, ProcessorState]: ...
+
+
+class ProcessorPlan(NamedTuple):
+    """Processors without their arrays: hashable, equal for equal programs.
+
+    Fields:
+        structure: tree structure of the tuple of processors.
+        leaves: what is left of its leaves, None where there was an array.
+    """
+
+    structure: Any
+    leaves: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls, processors: Sequence[Processor]
+    ) -> tuple["ProcessorPlan", tuple[Any, ...]]:
+        """The plan, and the arrays to `restore` the processors with."""
+        leaves, structure = jax.tree.flatten(tuple(processors))
+        arrays = tuple(leaf for leaf in leaves if is_array(leaf))
+        rest = tuple(None if is_array(leaf) else leaf for leaf in leaves)
+        return cls(structure, rest), arrays
+
+    def restore(self, arrays: Sequence[Any]) -> tuple[Processor, ...]:
+        remaining = iter(arrays)
+        leaves = [next(remaining) if leaf is None else leaf for leaf in self.leaves]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf of a pytree is traced rather than static."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def run_processors(

@@ -12,7 +12,7 @@ from jaxpost.generation._cache_rows import CacheAxes
 from jaxpost.generation._config import SamplerPlan, SamplerValues
 from jaxpost.generation._decode import Functions
 from jaxpost.generation._generate import bucket_length
-from jaxpost.generation._processors import Processor
+from jaxpost.generation._processors import Processor, ProcessorPlan
 from jaxpost.generation._slot_state import (
     FULL,
     STOPPED,
@@ -233,14 +233,16 @@ class Server:
             dropped=self.dropped.copy(),
         )
         self.dropped[:] = False
+        processing, arrays = ProcessorPlan.of(programs.processors)
         self.state, report = serve(
             programs.functions,
             programs.params,
             self.state,
             orders,
             programs.values,
+            arrays,
             plan=programs.plan,
-            processors=programs.processors,
+            processing=processing,
             axes=programs.axes,
             watched=self.stop is not None,
             placement=programs.placement,

@@ -16,7 +16,12 @@ from jaxpost import ops
 from jaxpost.generation._cache_rows import CacheAxes, copy_row, put_rows
 from jaxpost.generation._config import SamplerPlan, SamplerValues
 from jaxpost.generation._decode import TRACES, Functions, step_keys, step_uniforms
-from jaxpost.generation._processors import Processor, ProcessorState, run_processors
+from jaxpost.generation._processors import (
+    Processor,
+    ProcessorPlan,
+    ProcessorState,
+    run_processors,
+)
 from jaxpost.generation._sampling import sample
 from jaxpost.generation._slot_state import (
     FULL,
@@ -107,7 +112,7 @@ class _Loop(NamedTuple):
     static_argnames=(
         "functions",
         "plan",
-        "processors",
+        "processing",
         "axes",
         "watched",
         "placement",
@@ -120,16 +125,21 @@ def serve(
     state: State,
     orders: Orders,
     values: SamplerValues,
+    arrays: tuple[Any, ...],
     *,
     plan: SamplerPlan,
-    processors: tuple[Processor, ...],
+    processing: ProcessorPlan,
     axes: CacheAxes,
     watched: bool,
     placement: Any,
 ) -> tuple[State, Report]:
-    """Decode for some steps, filling free slots from the queue."""
+    """Decode for some steps, filling free slots from the queue.
+
+    `processing` and `arrays` are what `ProcessorPlan.of` makes of the processors.
+    """
     TRACES["serve"] += 1
     fns = functions.restore()
+    processors = processing.restore(arrays)
     head = fns.unembed(params)
     waiting = state.waiting
     slots = state.slots
