@@ -235,6 +235,42 @@ def demo(arguments: Sequence[str]) -> int:
     return 0
 
 
+def watermark_generate(arguments: Sequence[str]) -> int:
+    """Complete prompts with a watermark in what the model adds."""
+    from jaxpost.recipes.watermark_generate import (
+        WatermarkGenerateConfig,
+        run_watermark_generate,
+    )
+
+    prog = "jaxpost watermark generate"
+    run_watermark_generate(_parse(WatermarkGenerateConfig, arguments, prog))
+    return 0
+
+
+def watermark_detect(arguments: Sequence[str]) -> int:
+    """Test texts for a watermark; green, red and unscored tokens are coloured."""
+    from jaxpost.recipes.watermark_detect import (
+        WatermarkDetectConfig,
+        run_watermark_detect,
+    )
+
+    prog = "jaxpost watermark detect"
+    run_watermark_detect(_parse(WatermarkDetectConfig, arguments, prog))
+    return 0
+
+
+def watermark_calibrate(arguments: Sequence[str]) -> int:
+    """Propose a watermark's settings for a model and texts like its own."""
+    from jaxpost.recipes.watermark_calibrate import (
+        WatermarkCalibrateConfig,
+        run_watermark_calibrate,
+    )
+
+    prog = "jaxpost watermark calibrate"
+    run_watermark_calibrate(_parse(WatermarkCalibrateConfig, arguments, prog))
+    return 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Verb:
     """A word of the command line, and whether it works long enough to tune malloc."""
@@ -251,6 +287,9 @@ VERBS = {
     "negatives": Verb(negatives, computes=True),
     "score": Verb(score, computes=True),
     "opt": Verb(opt, computes=True),
+    "watermark generate": Verb(watermark_generate, computes=True),
+    "watermark detect": Verb(watermark_detect, computes=True),
+    "watermark calibrate": Verb(watermark_calibrate, computes=True),
     "convert": Verb(convert),
     "data check": Verb(data_check),
     "graph train": Verb(graph_train, computes=True),
@@ -308,7 +347,8 @@ def _split_verb(arguments: list[str]) -> tuple[str, list[str]]:
         if name in VERBS:
             return name, arguments[words:]
     words = [word for word in arguments[:2] if not word.startswith("-")]
-    return " ".join(words if arguments[0] in ("data", "graph") else words[:1]), []
+    grouped = arguments[0] in ("data", "graph", "watermark")
+    return " ".join(words if grouped else words[:1]), []
 
 
 def _unknown_verb(name: str) -> str:

@@ -1,6 +1,6 @@
 """Completions of prompts by a model in Hugging Face layout: `jaxpost generate`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,9 @@ def run_generate(
     batch_size: int = 16,
     seed: int = 0,
     dtype: str = "float32",
+    processors: Sequence[generation.Processor] = (),
+    columns: Mapping[str, Any] | None = None,
+    with_ids: bool = False,
 ) -> generation.TextStats:
     """Completes prompts, to the terminal or to a JSONL file that can be continued.
 
@@ -42,6 +45,9 @@ def run_generate(
         batch_size: answers decoded at a time; a free slot takes the next prompt.
         seed: of the sampler.
         dtype: of the weights and the cache.
+        processors: change the logits before the draw.
+        columns: put into every line of the file.
+        with_ids: put the tokens' ids into the lines too.
 
     Returns:
         Counts and time.
@@ -78,6 +84,7 @@ def run_generate(
         "key": jax.random.key(seed),
         "stop_strings": stop,
         "batch_size": batch_size,
+        "processors": processors,
     }
     model_words = (loaded, loaded.params, encode, words.decode)
     with _Progress(len(rows)) as progress:
@@ -89,11 +96,16 @@ def run_generate(
             _print(progress.console, asked, completions)
         else:
             lines = [
-                {**row.columns, "prompt": text}
+                {**row.columns, **(columns or {}), "prompt": text}
                 for row, (text, _) in zip(rows, texts, strict=True)
             ]
             stats = generation.write_completions(
-                output, lines, *model_words, progress=progress, **common
+                output,
+                lines,
+                *model_words,
+                with_ids=with_ids,
+                progress=progress,
+                **common,
             )
     progress.console.print(
         f"{stats.done} of {stats.total} prompts, {stats.new_tokens} new tokens, "

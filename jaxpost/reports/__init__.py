@@ -10,6 +10,7 @@ from jaxpost.reports._profiles import (
 )
 from jaxpost.reports._run import ReportError, Run, read_run, read_runs
 from jaxpost.reports._tables import summary_table
+from jaxpost.reports._watermark import ShownToken, TokenKind, write_watermark_page
 
 __all__ = [
     "Profile",
@@ -18,9 +19,12 @@ __all__ = [
     "draw_convergence",
     "draw_profiles",
     "performance_profile",
+    "ShownToken",
+    "TokenKind",
     "read_run",
     "read_runs",
     "summary_table",
     "write_pairs",
     "write_report",
+    "write_watermark_page",
 ]

@@ -1,6 +1,6 @@
 """The report as one HTML file: no script, nothing loaded from elsewhere.
 
-Everything read from a run folder passes through `_text` before it becomes HTML.
+Everything read from a run folder passes through `text_of` before it becomes HTML.
 """
 
 import base64
@@ -81,7 +81,7 @@ def render(runs: Sequence[Run]) -> str:
     """The page as text; see `write_report`."""
     title = "Run report: " + ", ".join(run.name for run in runs)
     body = [
-        f"<h1>{_text(title)}</h1>",
+        f"<h1>{text_of(title)}</h1>",
         _run_list(runs),
         _notes(runs),
         _panels(runs),
@@ -91,25 +91,29 @@ def render(runs: Sequence[Run]) -> str:
         _section("Configuration", *_settings(runs, [run.config for run in runs])),
         _section("Environment", *_settings(runs, [run.environment for run in runs])),
     ]
+    return page(title, body)
+
+
+def page(title: str, body: Iterable[str], *, extra_style: str = "") -> str:
+    """A whole HTML page of parts; empty ones are left out."""
     # The policy makes it certain that nothing in a sample can run or be fetched.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</body></html>\n"
+        f"<title>{text_of(title)}</title>\n<style>{_STYLE}{extra_style}</style></head>"
+        "\n<body>\n" + "\n".join(part for part in body if part) + "\n</body></html>\n"
     )
 
 
-def _text(value: str) -> str:
+def text_of(value: str) -> str:
     """Text for an element or a quoted attribute; lone surrogates become `?`."""
     return html.escape(value.encode("utf-8", "replace").decode("utf-8"))
 
 
 def _section(title: str, *parts: str) -> str:
-    return "\n".join([f"<h2>{_text(title)}</h2>", *parts])
+    return "\n".join([f"<h2>{text_of(title)}</h2>", *parts])
 
 
 def _run_list(runs: Sequence[Run]) -> str:
@@ -118,15 +122,15 @@ def _run_list(runs: Sequence[Run]) -> str:
         last = max(line["step"] for line in run.metrics)
         color = _curves.color_of(index)
         items.append(
-            f'<span title="{_text(str(run.folder))}">'
+            f'<span title="{text_of(str(run.folder))}">'
             f'<span class="swatch" style="background:{color}"></span>'
-            f"{_text(f'{run.name} (to step {last})')}</span>"
+            f"{text_of(f'{run.name} (to step {last})')}</span>"
         )
     return f'<div class="runs">{"".join(items)}</div>'
 
 
 def _notes(runs: Sequence[Run]) -> str:
-    items = [f"<li>{_text(note)}</li>" for run in runs for note in run.notes]
+    items = [f"<li>{text_of(note)}</li>" for run in runs for note in run.notes]
     return f'<ul class="notes">{"".join(items)}</ul>' if items else ""
 
 
@@ -135,7 +139,7 @@ def _panels(runs: Sequence[Run]) -> str:
     if not panels:
         return _section("Curves", "<p>Each metric was logged once: no curves.</p>")
     figures = [
-        f"<figure><figcaption>{_text(title)}</figcaption>"
+        f"<figure><figcaption>{text_of(title)}</figcaption>"
         f"{_curves.draw(curves, identity=title)}</figure>"
         for title, curves in panels.items()
     ]
@@ -156,7 +160,7 @@ def _samples(runs: Sequence[Run]) -> list[str]:
     parts = []
     for run in runs:
         if not run.samples:
-            parts.append(f"<p>{_text(run.name)}: none.</p>")
+            parts.append(f"<p>{text_of(run.name)}: none.</p>")
             continue
         shown = run.samples[-MAX_SAMPLES:]
         keys = list(dict.fromkeys(key for sample in shown for key in sample))
@@ -169,7 +173,7 @@ def _samples(runs: Sequence[Run]) -> list[str]:
             count = str(len(shown))
         opened = " open" if len(runs) == 1 else ""
         parts.append(
-            f"<details{opened}><summary>{_text(run.name)}: {count} samples</summary>"
+            f"<details{opened}><summary>{text_of(run.name)}: {count} samples</summary>"
             f"{_table(keys, rows)}</details>"
         )
     return parts
@@ -187,7 +191,7 @@ def _pair_sections(runs: Sequence[Run]) -> list[str]:
             data = base64.b64encode(found.plot).decode("ascii")
             body.append(f'<img alt="Histograms" src="data:image/png;base64,{data}">')
         for title, (header, rows) in found.tables.items():
-            body += [f"<h3>{_text(title)}</h3>", _table(header, rows)]
+            body += [f"<h3>{text_of(title)}</h3>", _table(header, rows)]
         parts.append(_section(f"Pairs: {run.name}", *body))
     return parts
 
@@ -221,9 +225,10 @@ def _table(
     *,
     kind: str = "",
 ) -> str:
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
+    head = "".join(f"<th>{text_of(cell)}</th>" for cell in header)
     lines = [
-        f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows
+        f"<tr>{''.join(f'<td>{text_of(cell)}</td>' for cell in row)}</tr>"
+        for row in rows
     ]
     return (
         f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead>'
