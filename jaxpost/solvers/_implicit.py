@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpost.solvers._kkt import kkt_matrix
+from jaxpost.solvers._matrix_free import solve_products
 from jaxpost.solvers._options import SolveOptions
 from jaxpost.solvers._problem import Constraint, Objective, bind, checked_start
 from jaxpost.solvers._result import SolveResult
@@ -50,8 +51,8 @@ def solve(
         multipliers: first multipliers, `[m]`; None for zeros. The Lagrangian is
             `objective + multipliers . constraint`.
         options: None for the defaults, `SolveOptions.published()` for the paper's.
-        preconditioner: for `method="minres"`: `(x, multipliers, args) -> (v -> P^-1 v)`
-            on `[n + m]`, `P` symmetric positive definite and near `|A|`.
+        preconditioner: for `minres` and `hybrid`, `(x, multipliers, args) -> (v ->
+            P^-1 v)` on `[n + m]`, `P` symmetric positive definite and near `|A|`.
         key: for the sketches.
 
     Returns:
@@ -70,9 +71,10 @@ def solve(
     that of the objective, and the sketches start from the residual `-b`.
     """
     options = options or SolveOptions()
-    if preconditioner is not None and options.method != "minres":
+    if preconditioner is not None and options.method not in ("minres", "hybrid"):
         raise ValueError(
-            f"preconditioner is for method='minres', got method={options.method!r}."
+            "preconditioner is for method='minres' or 'hybrid', got "
+            f"method={options.method!r}."
         )
     x0, multipliers = checked_start(objective, constraint, x0, args, multipliers)
     return _solve(
@@ -102,8 +104,12 @@ def _solution_jvp(objective, constraint, preconditioner, options, primals, tange
 
     _, moved = jax.jvp(conditions, (args,), (dargs,))
     problem = bind(objective, constraint, args)
-    matrix = kkt_matrix(problem.hessian(x, multipliers), problem.jacobian(x))
-    change = -jnp.linalg.solve(matrix, moved)
+    if options.matrix_free:
+        bound = preconditioner and preconditioner(x, multipliers, args)
+        change = -solve_products(problem.kkt_products(x, multipliers), moved, bound)
+    else:
+        matrix = kkt_matrix(problem.hessian(x, multipliers), problem.jacobian(x))
+        change = -jnp.linalg.solve(matrix, moved)
     zeros = jax.tree.map(_no_tangent, result)
     size = x.shape[0]
     return result, zeros._replace(x=change[:size], multipliers=change[size:])

@@ -4,6 +4,7 @@ Solve to the accuracy at hand and try the descent test; if it fails raise the pe
 ask for more accuracy and go on from the same `z`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,12 +41,26 @@ class Step(NamedTuple):
     """An accepted step, or the reason why there is none.
 
     Fields:
-        inner: `z`, its residual and the steps it took.
+        z: `(dx, dy)`, `[n + m]`.
+        residual_norm: of `A z - b`.
+        inner_steps: that it took, int32.
         adaptive: penalties and accuracy as they now are.
         descends: the descent test holds.
         escaped: accepted because a penalty passed its bound.
         capped: `max_inner` was reached short of the accuracy, and the test fails.
     """
+
+    z: jax.Array
+    residual_norm: jax.Array
+    inner_steps: jax.Array
+    adaptive: Adaptive
+    descends: jax.Array
+    escaped: jax.Array
+    capped: jax.Array
+
+
+class _Trial(NamedTuple):
+    """The loop's memory: a step that may not be good enough yet."""
 
     inner: Inner
     adaptive: Adaptive
@@ -71,8 +86,8 @@ def newton_step(
         bound = system.delta_bound(eta1, eta2)
         return jnp.maximum(jnp.minimum(delta, bound), options.delta_min)
 
-    def advance(step):
-        eta1, eta2, delta = step.adaptive
+    def advance(trial):
+        eta1, eta2, delta = trial.adaptive
         asked = theta * delta * right_norm / system.scale
 
         def tolerance(z):
@@ -80,7 +95,7 @@ def newton_step(
             floor = system.rounding * jnp.linalg.norm(z)
             return jnp.maximum(asked, floor)
 
-        inner = solve(step.inner, tolerance)
+        inner = solve(trial.inner, tolerance)
         descends = is_descent(merit, inner.z, (eta1, eta2))
         beyond = (eta1 > options.penalty_constraint_max) | (
             eta2 < options.penalty_gradient_min
@@ -89,7 +104,7 @@ def newton_step(
         again = ~descends & ~beyond & ~capped
         nu = options.penalty_factor
         tighter = accuracy_of(eta1 * nu**2, eta2 / nu, delta / nu**4)
-        return Step(
+        return _Trial(
             inner,
             Adaptive(
                 jnp.where(again, eta1 * nu**2, eta1),
@@ -101,18 +116,20 @@ def newton_step(
             capped & ~beyond,
         )
 
-    def unfinished(step):
-        return ~(step.descends | step.escaped | step.capped)
+    def unfinished(trial):
+        return ~(trial.descends | trial.escaped | trial.capped)
 
     eta1, eta2, delta = adaptive
     no = jnp.asarray(False)
     inner = Inner(
         jnp.zeros_like(system.right), -system.right, jnp.zeros((), jnp.int32), key
     )
-    start = Step(
+    start = _Trial(
         inner, Adaptive(eta1, eta2, accuracy_of(eta1, eta2, delta)), no, no, no
     )
-    return jax.lax.while_loop(unfinished, advance, start)
+    end = jax.lax.while_loop(unfinished, advance, start)
+    norm = jnp.linalg.norm(end.inner.residual)
+    return Step(end.inner.z, norm, end.inner.steps, *end[1:])
 
 
 def _inner_solver(system, options, preconditioner):
@@ -121,6 +138,8 @@ def _inner_solver(system, options, preconditioner):
     if method == "exact":
         exact = _factorised(system)
         return lambda inner, tolerance: exact(inner)
+    if method == "hybrid":
+        return _hybrid(system, options, preconditioner)
     if method == "minres":
         return lambda inner, tolerance: run_minres(
             system, inner, tolerance, options, preconditioner
@@ -145,3 +164,15 @@ def _factorised(system):
     z = z + lu_solve(factors, system.right - system.products(z))
     residual = system.products(z) - system.right
     return lambda inner: inner._replace(z=z, residual=residual)
+
+
+def _hybrid(system, options, preconditioner):
+    """MINRES while it is cheap: a step is `2 N^2` operations, LU `2 N^3 / 3`."""
+    cheap = dataclasses.replace(options, max_inner=max(1, system.right.shape[0] // 12))
+
+    def solve(inner, tolerance):
+        tried = run_minres(system, inner, tolerance, cheap, preconditioner)
+        short = jnp.linalg.norm(tried.residual) > tolerance(tried.z)
+        return jax.lax.cond(short, lambda: _factorised(system)(tried), lambda: tried)
+
+    return solve

@@ -50,17 +50,19 @@ def smallest_eigenvalue(jacobian: jax.Array) -> jax.Array:
     return jnp.linalg.eigvalsh(jacobian @ jacobian.T)[0]
 
 
-def is_singular(
-    jacobian: jax.Array, eigenvalue: jax.Array, options: SolveOptions
-) -> jax.Array:
+def guarded_eigenvalue(jacobian: jax.Array, options: SolveOptions) -> jax.Array:
+    """What the guard looks at: the above, its rows first scaled to norm 1 if asked."""
+    if options.guard == "scaled":
+        norms = jnp.linalg.norm(jacobian, axis=1, keepdims=True)
+        jacobian = jacobian / jnp.where(norms > 0.0, norms, 1.0)
+    return smallest_eigenvalue(jacobian)
+
+
+def is_singular(eigenvalue: jax.Array, options: SolveOptions) -> jax.Array:
     """Whether the guard ends the solve here."""
     if options.guard == "none":
         return jnp.asarray(False)
-    if options.guard == "published":
-        return eigenvalue < 1e-2
-    norms = jnp.linalg.norm(jacobian, axis=1, keepdims=True)
-    scaled = jacobian / jnp.where(norms > 0.0, norms, 1.0)
-    return smallest_eigenvalue(scaled) < options.guard_min
+    return eigenvalue < (1e-2 if options.guard == "published" else options.guard_min)
 
 
 def hessian_shift(
@@ -68,33 +70,38 @@ def hessian_shift(
 ) -> jax.Array:
     """What to add to the diagonal for curvature on the null space of `G`."""
     size = jacobian.shape[0]
-    if options.hessian_check == "none" or size == hessian.shape[0]:
+    if options.hessian_check != "reduced_eig" or size == hessian.shape[0]:
         return jnp.zeros((), hessian.dtype)
     basis = jnp.linalg.qr(jacobian.T, mode="complete")[0][:, size:]
-    smallest = jnp.linalg.eigvalsh(basis.T @ hessian @ basis)[0]
-    if options.hessian_shift == "frobenius":
-        shift = options.shift_margin + jnp.linalg.norm(hessian)
-    else:
-        shift = options.shift_margin - smallest
-    return jnp.where(smallest < options.curvature_min, shift, 0.0)
+    reduced = basis.T @ hessian @ basis
+    bound = options.curvature_min * jnp.eye(reduced.shape[0], dtype=reduced.dtype)
+    # A factorisation costs a fraction of the eigenvalues, and mostly it exists.
+    factor = jnp.linalg.cholesky(reduced - bound, symmetrize_input=False)
+    curved = jnp.all(jnp.isfinite(factor))
+
+    def needed():
+        if options.hessian_shift == "frobenius":
+            return options.shift_margin + jnp.linalg.norm(hessian)
+        return options.shift_margin - jnp.linalg.eigvalsh(reduced)[0]
+
+    return jax.lax.cond(curved, lambda: jnp.zeros((), hessian.dtype), needed)
 
 
 def dense_system(
     hessian: jax.Array,
     jacobian: jax.Array,
     right: jax.Array,
-    eigenvalue: jax.Array,
+    shift: jax.Array,
     options: SolveOptions,
 ) -> NewtonSystem:
-    """The system with its matrix."""
-    shift = hessian_shift(hessian, jacobian, options)
+    """The system with its matrix, `shift` added to the Hessian's diagonal."""
     shifted = hessian + shift * jnp.eye(hessian.shape[0], dtype=hessian.dtype)
     matrix = kkt_matrix(shifted, jacobian)
     norm = jnp.linalg.norm(matrix)
     rounding = 4.0 * jnp.finfo(matrix.dtype).eps * norm
     scale, delta_bound = jnp.ones_like(norm), lambda eta1, eta2: jnp.inf * eta2
     if options.accuracy == "theory":
-        psi = conditioning(shifted, eigenvalue, options.shift_margin)
+        psi = conditioning(shifted, smallest_eigenvalue(jacobian), options.shift_margin)
         upsilon = largest_norm(hessian, jacobian)
         scale = norm * psi
         delta_bound = lambda eta1, eta2: theory_accuracy(  # noqa: E731

@@ -1,7 +1,7 @@
 """Backtracking on the merit: halve the step until it brings its share of decrease."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,25 @@ from jaxpost.solvers._options import SolveOptions
 
 
 class LineSearch(NamedTuple):
-    """Fields: `step_size`, `merit` there, `trials` made (int32), `failed` (bool)."""
+    """Where the search ended.
+
+    Fields:
+        step_size: share of the full step.
+        merit: there.
+        found: whatever else `trial` returned there.
+        trials: made, int32.
+        failed: even the shortest step was refused.
+    """
 
     step_size: jax.Array
     merit: jax.Array
+    found: Any
     trials: jax.Array
     failed: jax.Array
 
 
 def backtrack(
-    merit_at: Callable[[jax.Array], jax.Array],
+    trial: Callable[[jax.Array], tuple[jax.Array, Any]],
     merit: jax.Array,
     slope: jax.Array,
     options: SolveOptions,
@@ -27,7 +36,7 @@ def backtrack(
     """The first of 1, 1/2, 1/4, … with `M(alpha) <= M + alpha beta slope`.
 
     Args:
-        merit_at: merit as a function of the step's share `alpha`.
+        trial: `alpha -> (merit, anything to keep)` at that share of the step.
         merit: merit at 0.
         slope: derivative of the merit along the step.
         options: `armijo` [beta] and `step_min`.
@@ -42,15 +51,15 @@ def backtrack(
         return ~(enough & jnp.isfinite(value))
 
     def unfinished(state):
-        alpha, value, _ = state
+        alpha, (value, _), _ = state
         return refused(alpha, value) & (alpha >= 2.0 * options.step_min)
 
     def halve(state):
         alpha, _, trials = state
         alpha = 0.5 * alpha
-        return alpha, merit_at(alpha), trials + 1
+        return alpha, trial(alpha), trials + 1
 
     full = jnp.ones_like(merit)
-    start = (full, merit_at(full), jnp.ones((), jnp.int32))
-    alpha, value, trials = jax.lax.while_loop(unfinished, halve, start)
-    return LineSearch(alpha, value, trials, refused(alpha, value))
+    start = (full, trial(full), jnp.ones((), jnp.int32))
+    alpha, (value, found), trials = jax.lax.while_loop(unfinished, halve, start)
+    return LineSearch(alpha, value, found, trials, refused(alpha, value))

@@ -6,24 +6,57 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost.solvers._kkt import NewtonSystem
+from jaxpost.solvers._minres import run_minres
+from jaxpost.solvers._options import SolveOptions
+from jaxpost.solvers._sketch import Inner
+
+Products = Callable[[jax.Array], jax.Array]
 
 
 def free_system(
-    products: Callable[[jax.Array], jax.Array], right: jax.Array
+    products: Products, right: jax.Array, shift: jax.Array, size: int
 ) -> NewtonSystem:
-    """From products with the KKT matrix, whose Hessian is taken as it is."""
+    """From products with the KKT matrix; `shift` raises its first `size` diagonals."""
     none = jnp.zeros((), right.dtype)
+
+    def shifted(v):
+        return products(v) + shift * v.at[size:].set(0.0)
+
     # Norm of A along a vector of its image: an estimate from below, for rounding only.
-    along = products(right)
+    along = shifted(right)
     length = jnp.linalg.norm(right)
     norm = jnp.linalg.norm(along) / jnp.where(length > 0.0, length, 1.0)
     return NewtonSystem(
-        products=products,
-        rows=jax.vmap(products),
+        products=shifted,
+        rows=jax.vmap(shifted),
         right=right,
         matrix=None,
-        shift=none,
+        shift=shift,
         scale=none + 1.0,
         rounding=4.0 * jnp.finfo(right.dtype).eps * norm,
         delta_bound=lambda eta1, eta2: jnp.inf * eta2,
     )
+
+
+def solve_products(
+    products: Products, right: jax.Array, preconditioner: Products | None
+) -> jax.Array:
+    """`A^-1 right` by MINRES, to rounding; differentiable, and linear in `right`."""
+    options = SolveOptions(method="minres")
+
+    def solve(products, right):
+        system = free_system(products, right, jnp.zeros((), right.dtype), 0)
+        start = Inner(
+            jnp.zeros_like(right),
+            -right,
+            jnp.zeros((), jnp.int32),
+            jax.random.key(0),  # MINRES draws nothing
+        )
+        asked = 1e-13 * jnp.linalg.norm(right)
+
+        def tolerance(z):
+            return jnp.maximum(asked, system.rounding * jnp.linalg.norm(z))
+
+        return run_minres(system, start, tolerance, options, preconditioner).z
+
+    return jax.lax.custom_linear_solve(products, right, solve, symmetric=True)

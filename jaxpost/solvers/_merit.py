@@ -17,13 +17,12 @@ import jax.numpy as jnp
 
 
 def merit_value(
-    objective: jax.Array,
-    constraint: jax.Array,
-    gradient: jax.Array,
+    parts: tuple[jax.Array, jax.Array, jax.Array],
     multipliers: jax.Array,
     penalties: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
-    """`M` from the parts that `Problem.first_order` returns; penalties (eta1, eta2)."""
+    """`M` from what `Problem.first_order` returns; penalties are (eta1, eta2)."""
+    objective, constraint, gradient = parts
     eta1, eta2 = penalties
     return (
         objective

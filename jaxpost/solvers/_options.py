@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 Method = Literal[
     "exact",
+    "hybrid",
     "minres",
     "gaussian",
     "kaczmarz",
@@ -14,7 +15,7 @@ Method = Literal[
     "block_kaczmarz",
 ]
 Accuracy = Literal["theory", "relative"]
-HessianCheck = Literal["reduced_eig", "none"]
+HessianCheck = Literal["reduced_eig", "descent", "none"]
 HessianShift = Literal["frobenius", "smallest"]
 Guard = Literal["scaled", "published", "none"]
 
@@ -25,12 +26,14 @@ class SolveOptions:
 
     Fields (symbol of the paper in brackets):
         method: what solves the Newton system. `exact` factorises it; `minres` iterates;
-            the others sketch and project: `gaussian` vectors, single rows drawn evenly
-            (`kaczmarz`) or by their squared norm (`kaczmarz_norm`), and blocks of
-            either (`block_gaussian`, `block_kaczmarz`).
+            `hybrid` iterates for a quarter of a factorisation's arithmetic, and then
+            factorises if that was not enough; the others sketch and project: `gaussian`
+            vectors, single rows drawn evenly (`kaczmarz`) or by their squared norm
+            (`kaczmarz_norm`), and blocks of either (`block_gaussian`,
+            `block_kaczmarz`).
         matrix_free: no matrix is formed; products with it only. Needs a method that
             iterates (`minres`, `gaussian`, `kaczmarz`), `accuracy="relative"`,
-            `hessian_check="none"` and `guard="none"`.
+            `guard="none"` and a `hessian_check` of `descent` or `none`.
         tolerance: the solve ends when the norm of (gradient of the Lagrangian,
             constraint) is at most this.
         max_iterations: outer iterations; also the length of the history.
@@ -49,7 +52,8 @@ class SolveOptions:
             without the test.
         hessian_check: `reduced_eig` looks at the smallest eigenvalue of the Hessian of
             the Lagrangian on the null space of the Jacobian and shifts the Hessian when
-            it is below `curvature_min`; `none` never shifts.
+            it is below `curvature_min`; `descent` shifts, tenfold more each time, when
+            no penalties let the step pass the descent test; `none` never shifts.
         hessian_shift: `frobenius` adds the Hessian's Frobenius norm plus `shift_margin`
             [xi_B], as published; `smallest` adds just enough.
         guard: ends the solve when the Jacobian loses rank. `published`: smallest
@@ -162,7 +166,7 @@ def _check_matrix_free(options: SolveOptions) -> None:
     needed = {
         "method": ("minres", "gaussian", "kaczmarz"),
         "accuracy": ("relative",),
-        "hessian_check": ("none",),
+        "hessian_check": ("descent", "none"),
         "guard": ("none",),
     }
     for name, allowed in needed.items():

@@ -11,13 +11,14 @@ from jaxpost.solvers._status import MEANING, Status
 class History(NamedTuple):
     """One row per iterate, `[max_iterations + 1]` each; NaN or -1 where unused.
 
-    Row `k` holds the iterate `k` (row 0 the start) and the step that led away from it;
-    the last used row, number `iterations`, has no step.
+    Row `k` holds the iterate `k` (row 0 the start) and the step that led away from it.
+    The last used row, number `iterations`, has no step, or one that failed, of size 0.
 
     Fields of the iterate, float64:
         kkt_residual: norm of (gradient of the Lagrangian, constraint).
         objective, constraint_norm: value, 2-norm.
-        jacobian_eigenvalue: smallest eigenvalue of `G G^T`; NaN when matrix-free.
+        jacobian_eigenvalue: smallest eigenvalue of `G G^T`, its rows first scaled to
+            norm one under the scaled guard; NaN when matrix-free.
     Fields of the step, float64:
         step_size: its length as a share of the full step.
         merit_before, merit_after: at this step's penalties, before and after it.

@@ -120,7 +120,7 @@ def run_vectors(
         key, key_draw = jax.random.split(inner.key)
         rows, images, projections = draw(key_draw, inner.residual)
         alpha = step_factors(rows, projections)
-        passed = inner.residual - jnp.cumsum(alpha[:, None] * images, axis=0)
+        passed = inner.residual[None] - jnp.cumsum(alpha[:, None] * images, axis=0)
         there = jnp.linalg.norm(passed, axis=1) <= tolerance(inner.z)
         count = alpha.shape[0]
         taken = jnp.where(jnp.any(there), jnp.argmax(there) + 1, count)
@@ -160,12 +160,8 @@ def run_blocks(
 
 
 def least_norm(rows: jax.Array, right: jax.Array) -> jax.Array:
-    """The shortest `d` with `rows d = right`; dependent rows are left out."""
+    """The shortest `d` with `rows d = right`, rows independent."""
     basis, triangle = jnp.linalg.qr(rows.T)
-    diagonal = jnp.abs(jnp.diagonal(triangle))
-    dead = diagonal <= 1e-13 * jnp.max(diagonal)
-    triangle = jnp.where(dead[:, None] & dead[None, :], 0.0, triangle)
-    triangle = triangle + jnp.diag(jnp.where(dead, jnp.inf, 0.0))
     return basis @ solve_triangular(triangle, right, trans="T", lower=False)
 
 

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpost.solvers._inner import Adaptive, newton_step
+from jaxpost.solvers._inner import Adaptive, Step, newton_step
 from jaxpost.solvers._kkt import (
     NewtonSystem,
     dense_system,
+    guarded_eigenvalue,
+    hessian_shift,
     is_singular,
-    smallest_eigenvalue,
+    kkt_matrix,
 )
 from jaxpost.solvers._line_search import backtrack
 from jaxpost.solvers._matrix_free import free_system
@@ -22,6 +24,8 @@ from jaxpost.solvers._result import Counters, History, SolveResult
 from jaxpost.solvers._status import Status
 
 # (x, multipliers) -> (v -> P^-1 v) on `[n + m]`
+_MOST_SHIFTS = 12  # the last is 1e10 times the first
+
 Preconditioner = Callable[[jax.Array, jax.Array], Callable[[jax.Array], jax.Array]]
 
 
@@ -57,7 +61,8 @@ def run(
     preconditioner: Preconditioner | None,
 ) -> SolveResult:
     """Solve; everything is traced, nothing raises."""
-    point = _evaluate(problem, x0, multipliers, options)
+    parts = problem.first_order(x0, multipliers)
+    point = _point(problem, x0, multipliers, parts, options)
     first_kkt = point.kkt
     start = _State(
         point,
@@ -95,33 +100,38 @@ def run(
 
 def _iterate(problem, state, first_kkt, options, preconditioner) -> _State:
     point, size = state.point, state.point.x.shape[0]
-    system, products = _newton_system(problem, point, options)
+    system_at, shift, products = _newton_system(problem, point, options)
     merit = merit_gradient(products, point.gradient, point.constraint)
     theta = options.theta * jnp.minimum(1.0, point.kkt / first_kkt) ** (
         options.theta_power
     )
     key, key_inner = jax.random.split(state.key)
     bound = preconditioner and preconditioner(point.x, point.multipliers)
-    step = newton_step(system, merit, state.adaptive, theta, key_inner, options, bound)
-    direction, penalties = step.inner.z, step.adaptive.penalties
+
+    def step_at(shift):
+        return newton_step(
+            system_at(shift), merit, state.adaptive, theta, key_inner, options, bound
+        )
+
+    shift, step = _descending(step_at, shift, options)
+    direction, penalties = step.z, step.adaptive.penalties
 
     def moved(alpha):
         z = alpha * direction
         return point.x + z[:size], point.multipliers + z[size:]
 
-    def merit_at(alpha):
+    def trial(alpha):
         x, multipliers = moved(alpha)
-        value, constraint, gradient = problem.first_order(x, multipliers)
-        return merit_value(value, constraint, gradient, multipliers, penalties)
+        parts = problem.first_order(x, multipliers)
+        return merit_value(parts, multipliers, penalties), parts
 
-    before = merit_value(
-        point.objective, point.constraint, point.gradient, point.multipliers, penalties
-    )
-    search = backtrack(merit_at, before, merit.at(penalties) @ direction, options)
+    parts = (point.objective, point.constraint, point.gradient)
+    before = merit_value(parts, point.multipliers, penalties)
+    search = backtrack(trial, before, merit.at(penalties) @ direction, options)
     failure = _failure(step, search)
     keep = failure != Status.RUNNING
     alpha = jnp.where(keep, 0.0, search.step_size)
-    new = _evaluate(problem, *moved(alpha), options)
+    new = _point(problem, *moved(alpha), search.found, options)
     new = jax.tree.map(lambda old, new: jnp.where(keep, old, new), point, new)
     iteration = state.iteration + jnp.where(keep, 0, 1).astype(jnp.int32)
     status = jnp.where(keep, failure, _status_at(new, iteration, options))
@@ -130,22 +140,22 @@ def _iterate(problem, state, first_kkt, options, preconditioner) -> _State:
         step_size=alpha,
         merit_before=before,
         merit_after=jnp.where(keep, before, search.merit),
-        inner_residual=jnp.linalg.norm(step.inner.residual) / point.kkt,
-        hessian_shift=system.shift,
+        inner_residual=step.residual_norm / point.kkt,
+        hessian_shift=shift,
         penalty_constraint=penalties[0],
         penalty_gradient=penalties[1],
         delta=step.adaptive.delta,
-        inner_steps=step.inner.steps,
+        inner_steps=step.inner_steps,
         escaped=step.escaped.astype(jnp.int32),
     )
     history = _record(state.history, entries, state.iteration)
     counts = state.counters
     counters = Counters(
-        counts.objective + search.trials + 1,
-        counts.gradient + search.trials + 1,
+        counts.objective + search.trials,
+        counts.gradient + search.trials,
         counts.jacobian + 1,
         counts.hessian + 1,
-        counts.inner_steps + step.inner.steps,
+        counts.inner_steps + step.inner_steps,
     )
     return _State(
         new,
@@ -158,31 +168,57 @@ def _iterate(problem, state, first_kkt, options, preconditioner) -> _State:
     )
 
 
-def _newton_system(problem, point, options) -> tuple[NewtonSystem, Callable]:
-    """The system to solve, and products with the KKT matrix as it is."""
+def _descending(step_at, shift, options) -> tuple[jax.Array, Step]:
+    """The step, at ten times the shift again and again while it does not descend."""
+    if options.hessian_check != "descent":
+        return shift, step_at(shift)
+
+    def more(state):
+        shift, _, tries = state
+        shift = jnp.where(tries == 0, 0.0, options.shift_margin * 10.0 ** (tries - 1))
+        return shift, step_at(shift), tries + 1
+
+    def unfinished(state):
+        _, step, tries = state
+        return ~step.descends & (tries < _MOST_SHIFTS)
+
+    step = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(step_at, shift)
+    )
+    start = (shift, step, jnp.zeros((), jnp.int32))
+    return jax.lax.while_loop(unfinished, more, start)[:2]
+
+
+def _newton_system(
+    problem: Problem, point: _Point, options: SolveOptions
+) -> tuple[Callable[[jax.Array], NewtonSystem], jax.Array, Callable]:
+    """The system by its shift, the shift to try first, and products without it."""
     right = -jnp.concatenate([point.gradient, point.constraint])
+    size = point.x.shape[0]
     if options.matrix_free:
         products = problem.kkt_products(point.x, point.multipliers)
-        return free_system(products, right), products
+        none = jnp.zeros((), right.dtype)
+        return lambda s: free_system(products, right, s, size), none, products
+    assert point.jacobian is not None
     hessian = problem.hessian(point.x, point.multipliers)
-    size = hessian.shape[0]
     jacobian = point.jacobian
+    whole = kkt_matrix(hessian, jacobian)
+    return (
+        lambda shift: dense_system(hessian, jacobian, right, shift, options),
+        hessian_shift(hessian, jacobian, options),
+        lambda v: whole @ v,
+    )
 
-    def products(v):
-        along = hessian @ v[:size] + v[size:] @ jacobian
-        return jnp.concatenate([along, jacobian @ v[:size]])
 
-    return dense_system(hessian, jacobian, right, point.eigenvalue, options), products
-
-
-def _evaluate(problem, x, multipliers, options) -> _Point:
-    objective, constraint, gradient = problem.first_order(x, multipliers)
+def _point(problem, x, multipliers, parts, options) -> _Point:
+    """The iterate; `parts` are those of `Problem.first_order` there."""
+    objective, constraint, gradient = parts
     kkt = jnp.sqrt(gradient @ gradient + constraint @ constraint)
     if options.matrix_free:
         jacobian, eigenvalue = None, jnp.full_like(kkt, jnp.nan)
     else:
         jacobian = problem.jacobian(x)
-        eigenvalue = smallest_eigenvalue(jacobian)
+        eigenvalue = guarded_eigenvalue(jacobian, options)
     return _Point(
         x, multipliers, objective, constraint, gradient, jacobian, eigenvalue, kkt
     )
@@ -194,7 +230,7 @@ def _status_at(point: _Point, iteration: jax.Array, options: SolveOptions) -> ja
     singular = jnp.asarray(False)
     if point.jacobian is not None:
         finite &= jnp.all(jnp.isfinite(point.jacobian))
-        singular = is_singular(point.jacobian, point.eigenvalue, options)
+        singular = is_singular(point.eigenvalue, options)
     cases = [
         (~finite, Status.NON_FINITE),
         (point.kkt <= options.tolerance, Status.CONVERGED),
@@ -208,7 +244,7 @@ def _failure(step, search) -> jax.Array:
     """Why the step cannot be taken, or RUNNING."""
     return _first(
         [
-            (~jnp.all(jnp.isfinite(step.inner.z)), Status.NON_FINITE),
+            (~jnp.all(jnp.isfinite(step.z)), Status.NON_FINITE),
             (step.capped, Status.INNER_CAP),
             (search.failed & step.escaped, Status.PENALTY_BLOWUP),
             (search.failed, Status.LINE_SEARCH_FAILED),
