@@ -38,6 +38,7 @@ from jaxpost.solvers import problems
 
 OURS = {
     "exact": {},
+    "hybrid": {},
     "minres": {},
     "block_gaussian": {},
     "block_kaczmarz": {},
@@ -265,8 +266,11 @@ def main() -> int:
     # Hundreds of small programs: JAX_COMPILATION_CACHE_DIR makes a second call quick.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     console = Console(width=max(Console().width, 120))
-    rows: list[Row] = []
+    rows = json.loads(args.out.read_text("utf-8"))["rows"] if args.resume else []
+    done = {row["problem"] for row in rows}
     for problem in {"cutest": cutest, "logistic": logistic}[args.suite](args):
+        if problem.name in done:
+            continue
         size = f"n {problem.num_variables}, m {problem.num_constraints}"
         console.print(f"{problem.name} ({size})", highlight=False)
         for row in rows_of(problem, args):
@@ -274,11 +278,13 @@ def main() -> int:
             if not row["solved"]:
                 status = row.get("status", "")
                 console.print(f"  {row['row']}: {row['kkt_residual']} {status}")
+        _save(args, rows, [])
     console.print(table(rows, args))
     goals = judge(rows, args.suite)
     for goal in goals:
         console.print(str(goal))
     _save(args, rows, goals)
+    print(f"wrote {args.out}")
     return 0 if goals and all(goal.met for goal in goals) else 1
 
 
@@ -295,7 +301,6 @@ def _save(args: argparse.Namespace, rows: list[Row], goals: list[Goal]) -> None:
     part = args.out.with_name(args.out.name + ".tmp")
     part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     part.replace(args.out)
-    print(f"wrote {args.out}")
 
 
 def _parse() -> argparse.Namespace:
@@ -311,6 +316,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=2023, help="of the sketches")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="logistic draws")
     parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--resume", action="store_true", help="go on with --out")
     args = parser.parse_args()
     names = [*OURS, *BASELINES, *RIVALS]
     for name in args.only or ():

@@ -127,23 +127,16 @@ def recent_cells(line: Line) -> list[str]:
 def summary_table(lines: Mapping[str, Sequence[Line]]) -> Any:
     """Solved, iterations, evaluations and time of each method, a rich table.
 
-    Medians are over the solved problems, the time is summed over all.
+    Medians are over the solved problems; times, in seconds, are summed over all.
     """
     import rich.table
 
     table = rich.table.Table()
     table.add_column("method")
-    for heading in (
-        "solved",
-        "iterations",
-        "f, c evals",
-        "gradients",
-        "inner steps",
-        "KKT",
-        "time s",
-        "compile s",
-    ):
-        table.add_column(heading, justify="right")
+    # Short: eight columns fit into 80 characters.
+    headings = ("solved", "iters", "evals", "grads", "inner", "KKT", "time", "compile")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     for method, found in lines.items():
         ran = [line for line in found if "iterations" in line]
         solved = [line for line in ran if line["status"] == "converged"]
@@ -153,10 +146,10 @@ def summary_table(lines: Mapping[str, Sequence[Line]]) -> Any:
             _median(solved, "iterations", ".3g"),
             _median(solved, "objective_evaluations", ".3g"),
             _median(solved, "gradient_evaluations", ".3g"),
-            _median(solved, "inner_steps", ".4g"),
-            _median(solved, "kkt_residual", ".1e"),
-            f"{sum(line['solve_s'] for line in ran):.4g}",
-            f"{sum(line['compile_s'] for line in ran):.3g}",
+            _median(solved, "inner_steps", ".3g"),
+            _median(solved, "kkt_residual", ".0e"),
+            f"{sum(line['solve_s'] for line in ran):.3g} s",
+            f"{sum(line['compile_s'] for line in ran):.0f} s",
         )
     return table
 

@@ -26,7 +26,7 @@ from jaxpost.solvers import problems
 LARGEST_DENSE = 10_000
 """Unknowns beyond which the KKT matrix must not be formed: 0.8 GB."""
 
-METHODS = ("exact", "block_gaussian", "minres", "published-gaussian")
+METHODS = ("exact", "hybrid", "minres", "block_gaussian", "published-gaussian")
 """Those of a suite, where none is named."""
 
 
