@@ -1,7 +1,7 @@
 """How much a linear layer reads from frozen embeddings.
 
-Arrays only: what made the embeddings is not known here. All seeds run side by side in
-one compiled program.
+Arrays only: what made the embeddings is not known here. All seeds run in one compiled
+program.
 """
 
 import dataclasses
@@ -88,6 +88,7 @@ def linear_probe(
     masks: tuple[ArrayLike, ArrayLike, ArrayLike],
     *,
     config: ProbeConfig | None = None,
+    at_once: int | None = None,
     key: jax.Array,
 ) -> ProbeResult:
     """Test accuracy of a linear layer trained on frozen embeddings.
@@ -102,6 +103,8 @@ def linear_probe(
         masks: train, validation and test nodes, bool `[N]`, or `[S, N]` with as many
             of each for every seed.
         config: settings; None takes the defaults.
+        at_once: seeds side by side, the others follow in the same program; None is one
+            on a CPU, where each seed's rows then stay in the cache, and all elsewhere.
         key: of the first weights; seed `s` takes `fold_in(key, s)`.
 
     Returns:
@@ -139,6 +142,7 @@ def linear_probe(
         epochs=config.epochs,
         classes=classes,
         own_split=split.train.ndim == 2,
+        at_once=at_once or (1 if jax.default_backend() == "cpu" else seeds),
     )
     chosen = {"validation": "clean", "repo": "optimistic", "last": "last"}
     result = ProbeResult(accuracy=found[chosen[config.select]], **found)
@@ -241,7 +245,9 @@ def _check_finite(embeddings: jax.Array) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("epochs", "classes", "own_split"))
+@functools.partial(
+    jax.jit, static_argnames=("epochs", "classes", "own_split", "at_once")
+)
 def _probe_seeds(
     embeddings: jax.Array,
     labels: jax.Array,
@@ -252,11 +258,26 @@ def _probe_seeds(
     epochs: int,
     classes: int,
     own_split: bool,
+    at_once: int,
 ) -> dict[str, jax.Array]:
     """Compiled once for any learning rate and decay."""
-    one = functools.partial(_probe_one, epochs=epochs, classes=classes)
-    axes = (0, None, 0 if own_split else None, None, 0)
-    return jax.vmap(one, in_axes=axes)(embeddings, labels, split, numbers, keys)
+
+    def one(varied):
+        rows, own, key = varied
+        return _probe_one(
+            rows,
+            labels,
+            own if own_split else split,
+            numbers,
+            key,
+            epochs=epochs,
+            classes=classes,
+        )
+
+    varied = (embeddings, split if own_split else None, keys)
+    if at_once == 1:
+        return jax.lax.map(one, varied)
+    return jax.lax.map(one, varied, batch_size=at_once)
 
 
 class _Best(NamedTuple):

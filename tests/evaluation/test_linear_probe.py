@@ -105,6 +105,16 @@ def test_seeds_side_by_side_equal_one_by_one(task, result):
         stacked, task.labels, task.masks, config=CONFIG, key=jax.random.key(3)
     )
     assert both.accuracy.shape == (2,)
+    beside = linear_probe(
+        stacked,
+        task.labels,
+        task.masks,
+        config=CONFIG,
+        at_once=2,
+        key=jax.random.key(3),
+    )
+    np.testing.assert_array_equal(beside.clean, both.clean)
+    np.testing.assert_allclose(beside.train_loss, both.train_loss, rtol=1e-5)
     assert float(both.clean[0]) == float(result.clean)
     np.testing.assert_allclose(both.train_loss[0], result.train_loss, rtol=1e-5)
     # Splits of their own, the first seed's as before.
