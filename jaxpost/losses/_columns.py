@@ -1,5 +1,6 @@
 """Columns of embeddings: standardised, whitened, decorrelated, and what is measured."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -192,6 +193,11 @@ def uniformity(z: jax.Array, *, t: float = 2.0, chunk_size: int = 1024) -> jax.A
     Source: Wang & Isola (2020), arXiv 2005.10242. CLNR reports its mean over two views.
     """
     (z,) = ops.at_least_float32(z)
+    return _uniformity(float(t), chunk_size, z)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _uniformity(t: float, chunk_size: int, z: jax.Array) -> jax.Array:
     z, count = normalize_rows(z), z.shape[0]
     squares = jnp.sum(z * z, axis=1)  # 1, but for rows without direction
     size = min(chunk_size, count)

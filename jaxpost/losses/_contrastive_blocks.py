@@ -98,7 +98,11 @@ class Family(NamedTuple):
 
 
 def plan_blocks(
-    count: int, itemsize: int, intra: bool, chunk_size: int | None
+    count: int,
+    itemsize: int,
+    intra: bool,
+    chunk_size: int | None,
+    keep_bytes: int = KEEP_BYTES,
 ) -> tuple[Plan, list[Family]]:
     """Near-equal chunks and the families of blocks between them."""
     chunks = -(-count // min(chunk_size or CHUNK, count))
@@ -114,7 +118,7 @@ def plan_blocks(
             if above:
                 families.append(Family(view, view, np.asarray(above, np.int32)))
     blocks = sum(len(family.pairs) for family in families)
-    keep = blocks * size**2 * itemsize <= KEEP_BYTES
+    keep = blocks * size**2 * itemsize <= keep_bytes
     return Plan(count, size, keep), families
 
 
@@ -124,18 +128,37 @@ def blockwise_nt_xent(
     temperature: float,
     intra: bool,
     chunk_size: int | None,
+    keep_bytes: int = KEEP_BYTES,
 ) -> jax.Array:
     """See `nt_xent`, which checks."""
-    return _nt_xent(float(temperature), intra, chunk_size, z1, z2)
+    settings = Settings(float(temperature), intra, chunk_size, keep_bytes)
+    return _nt_xent(settings, z1, z2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _nt_xent(temperature, intra, chunk_size, z1, z2):
-    return _forward(temperature, intra, chunk_size, z1, z2, False)[0]
+class Settings(NamedTuple):
+    """What is static; see `nt_xent`, and `KEEP_BYTES`."""
+
+    temperature: float
+    intra: bool
+    chunk_size: int | None
+    keep_bytes: int
+
+    def plan(self, z: jax.Array) -> tuple[Plan, list[Family]]:
+        return plan_blocks(
+            z.shape[0], z.dtype.itemsize, self.intra, self.chunk_size, self.keep_bytes
+        )
 
 
-def _forward(temperature, intra, chunk_size, z1, z2, for_gradient=True):
-    plan, families = plan_blocks(z1.shape[0], z1.dtype.itemsize, intra, chunk_size)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _nt_xent(settings, z1, z2):
+    return _forward(settings, z1, z2, False)[0]
+
+
+# Compiled as wholes, so that a call outside a program does not compile every sweep.
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _forward(settings, z1, z2, for_gradient=True):
+    temperature = settings.temperature
+    plan, families = settings.plan(z1)
     cold = temperature < COLDEST
     plan = plan._replace(keep=plan.keep and for_gradient and not cold)
     views = View(z1, inverse_lengths(z1)), View(z2, inverse_lengths(z2))
@@ -225,11 +248,11 @@ def _largest(plan, families, views, temperature):
     return found
 
 
-def _backward(temperature, intra, chunk_size, residuals, cotangent):
+@functools.partial(jax.jit, static_argnums=0)
+def _backward(settings, residuals, cotangent):
+    temperature = settings.temperature
     views, logs, blocks = residuals
-    plan, families = plan_blocks(
-        views[0].z.shape[0], views[0].z.dtype.itemsize, intra, chunk_size
-    )
+    plan, families = settings.plan(views[0].z)
     half = cotangent / (2.0 * temperature)
     slopes = tuple(half * jnp.exp(1.0 / temperature - log) for log in logs)
     grads = tuple(jnp.zeros_like(view.z) for view in views)
