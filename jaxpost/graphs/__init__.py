@@ -12,6 +12,7 @@ every function takes as an option and makes itself when it is not given.
 
 from jaxpost.graphs._augment import AugmentConfig, augment, keep_columns
 from jaxpost.graphs._check import GraphError, GraphWarning
+from jaxpost.graphs._clusters import cluster_batches, cluster_order
 from jaxpost.graphs._container import (
     SparseFeatures,
     count_nodes,
@@ -49,6 +50,7 @@ from jaxpost.graphs._patterns import (
     sparse_matmul,
 )
 from jaxpost.graphs._planetoid import load_pickle, load_planetoid
+from jaxpost.graphs._sharded import place_graph, place_plan
 from jaxpost.graphs._smooth import smooth
 from jaxpost.graphs._train import (
     ContrastiveConfig,
@@ -79,6 +81,8 @@ __all__ = [
     "augment",
     "build_encoder",
     "builtin",
+    "cluster_batches",
+    "cluster_order",
     "count_nodes",
     "edge_pairs",
     "edge_weights",
@@ -99,6 +103,8 @@ __all__ = [
     "make_step",
     "node_data",
     "objective",
+    "place_graph",
+    "place_plan",
     "plan_for",
     "plan_graph",
     "project",
