@@ -14,8 +14,9 @@ class SamplingConfig:
     """How to choose the next token, and when to stop.
 
     Filters apply in the order temperature, top-k, top-p, min-p, each to what the one
-    before left over. A change of `temperature` (but to or from 0), `top_p`, `min_p` or
-    the ids recompiles nothing; one of `top_k`, or a filter switched on or off, does.
+    before left over. A change of `temperature` (but to or from 0, and with processors
+    1), `top_p`, `min_p` or the ids recompiles nothing; one of `top_k`, or a filter
+    switched on or off, does.
 
     Fields:
         max_new_tokens: most tokens to add to each prompt, at least 1.
@@ -80,6 +81,7 @@ class SamplerPlan(NamedTuple):
     top_k: int | None
     use_top_p: bool
     use_min_p: bool
+    unit_temperature: bool = False
 
 
 class SamplerValues(NamedTuple):
@@ -99,9 +101,13 @@ class SamplerValues(NamedTuple):
 
 
 def split_config(
-    config: SamplingConfig, vocab_size: int
+    config: SamplingConfig, vocab_size: int, *, processed: bool = False
 ) -> tuple[SamplerPlan, SamplerValues]:
-    """Static and traced halves of the settings, checked against the vocabulary."""
+    """Static and traced halves of the settings, checked against the vocabulary.
+
+    With processors (`processed`) a temperature of 1 is static, so that what they and
+    the sampler compute of the raw logits may be computed once.
+    """
     for token in config.stop_ids:
         if token >= vocab_size:
             raise ValueError(
@@ -117,6 +123,7 @@ def split_config(
         top_k=None if greedy else top_k,
         use_top_p=not greedy and config.top_p is not None and config.top_p < 1.0,
         use_min_p=not greedy and config.min_p is not None and config.min_p > 0.0,
+        unit_temperature=processed and config.temperature in (0.0, 1.0),
     )
     width = max(4, 1 << (len(config.stop_ids) - 1).bit_length())
     stop_ids = np.full((width,), -1, np.int32)

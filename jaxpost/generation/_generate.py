@@ -158,7 +158,7 @@ def start(
     """Check the arguments of `generate` and read the prompts into a cache."""
     head = jax.eval_shape(fns.unembed, params)
     vocab_size = head.weight.shape[1]
-    plan, values = split_config(config, vocab_size)
+    plan, values = split_config(config, vocab_size, processed=bool(processors))
     prompts, lengths = _right_padded(prompts, prompt_mask, vocab_size)
     batch = len(lengths)
     if sequence_ids is None:

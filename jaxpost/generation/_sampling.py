@@ -70,18 +70,25 @@ def sample(
     Generation", section III.2.
     """
     # Subtracted before scaling, so that scaled logits are never stored.
-    inverse = 1.0 / values.temperature
-    shifted = raw_shifted = (raw - jnp.max(raw, axis=-1, keepdims=True)) * inverse
-    weights = jnp.exp(shifted)
-    blocks = _block_sums(weights)
-    total = jnp.sum(blocks, axis=-1)
-    log_total = jnp.log(total)
-    entropies = log_total - _weighted_sums(weights, shifted) / total
+    shifted = raw_shifted = raw - jnp.max(raw, axis=-1, keepdims=True)
+    if plan.unit_temperature:
+        inverse = 1.0
+        weights, blocks, total, entropies = spread(raw)
+        log_total = jnp.log(total)
+    else:
+        inverse = 1.0 / values.temperature
+        shifted = raw_shifted = raw_shifted * inverse
+        weights = jnp.exp(shifted)
+        blocks = _block_sums(weights)
+        total = jnp.sum(blocks, axis=-1)
+        log_total = jnp.log(total)
+        entropies = log_total - weighted_sums(weights, shifted) / total
 
     same = processed is raw
     if not same:
         maximum = jnp.max(processed, axis=-1, keepdims=True)
-        shifted = (processed - maximum) * inverse
+        shifted = processed - maximum
+        shifted = shifted if plan.unit_temperature else shifted * inverse
     if plan.greedy:
         tokens = _first_maximum(processed)
         sampling_logps = jnp.zeros_like(total)
@@ -104,6 +111,39 @@ def sample(
         sampling_logps = chosen - jnp.log(jnp.sum(blocks, axis=-1))
     logps = _pick(raw_shifted, tokens) - log_total
     return Draw(tokens, logps, sampling_logps, entropies, near)
+
+
+class Spread(NamedTuple):
+    """A softmax at temperature 1 before its division.
+
+    Fields:
+        weights: exponentials, the largest of a row 1, `[B, V]`.
+        blocks: their sums per vocabulary block, `[B, blocks]`.
+        total: their sum, `[B]`.
+        entropies: nats, `[B]`.
+    """
+
+    weights: jax.Array
+    blocks: jax.Array
+    total: jax.Array
+    entropies: jax.Array
+
+
+def spread(logits: jax.Array) -> Spread:
+    """One pass of exponentials over `[B, V]`; minus infinity removes a token.
+
+    A processor that asks for the raw logits' spread and the sampler at temperature 1
+    compute the same, which the compiler then does once.
+    """
+    maximum = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - maximum)
+    blocks = _block_sums(weights)
+    total = jnp.sum(blocks, axis=-1)
+    # Of the logits as they are: shifted ones would have to be stored. The rounding is
+    # that of the logits themselves.
+    mean = weighted_sums(weights, logits) / total
+    entropies = jnp.log(total) + maximum[:, 0] - mean
+    return Spread(weights, blocks, total, entropies)
 
 
 def draw_index(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
@@ -138,7 +178,7 @@ def _count(condition: jax.Array) -> jax.Array:
     return jnp.sum(condition, axis=-1, dtype=jnp.int32)
 
 
-def _weighted_sums(weights: jax.Array, values: jax.Array) -> jax.Array:
+def weighted_sums(weights: jax.Array, values: jax.Array) -> jax.Array:
     """`sum_v weights values` of each row, where a weight of 0 counts as 0, `[B]`."""
 
     def products(values: jax.Array) -> jax.Array:

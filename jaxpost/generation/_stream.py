@@ -109,7 +109,7 @@ def generate_stream(
         check_count(name, count)
     head = jax.eval_shape(fns.unembed, params)
     vocab_size = head.weight.shape[1]
-    plan, values = split_config(config, vocab_size)
+    plan, values = split_config(config, vocab_size, processed=bool(processors))
     ids = _checked_prompts(prompts, vocab_size, max_prompt_length, context_length)
     ask = Ask(
         prompts=ids,

@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxpost.generation._processors import ProcessorState
+from jaxpost.generation._sampling import spread
 from jaxpost.generation._watermark_hash import WatermarkKey, green_count, green_rows
 
 NO_THRESHOLD = -1.0
@@ -143,7 +144,7 @@ def watermark_logits(
                 f"logits of rows {np.flatnonzero(bad).tolist()[:8]} are not finite: "
                 "look for NaN or infinity in the model's parameters or inputs."
             )
-    return raise_green(processor, logits, prev_ids)
+    return _raise_green(processor, logits, prev_ids)
 
 
 def raise_green(
@@ -159,18 +160,9 @@ def raise_green(
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     green = green_rows(processor.words, prev_ids, processor.count, vocab_size)
     green = jnp.pad(green, ((0, 0), (0, width - vocab_size)))
-    marked = entropy_of(logits) > processor.tau
+    marked = spread(logits).entropies > processor.tau
     bonus = jnp.asarray(processor.delta, logits.dtype)
     return jnp.where(marked[:, None] & green, logits + bonus, logits)
 
 
-def entropy_of(logits: jax.Array) -> jax.Array:
-    """Entropy of `softmax(logits)`, `[B, V] -> [B]`, nats; minus infinity removes.
-
-    `ops.entropy` in one pass of exponentials.
-    """
-    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(shifted)
-    total = jnp.sum(weights, axis=-1)
-    terms = jnp.where(weights > 0.0, weights * shifted, 0.0)
-    return jnp.log(total) - jnp.sum(terms, axis=-1) / total
+_raise_green = jax.jit(raise_green)

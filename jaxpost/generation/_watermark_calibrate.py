@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxpost import ops
 from jaxpost.generation._decode import Functions
-from jaxpost.generation._watermark import entropy_of
+from jaxpost.generation._sampling import spread
 from jaxpost.generation._watermark_hash import WatermarkKey, green_count, green_rows
 from jaxpost.typing import DecodeFns, Head, Params
 
@@ -218,7 +218,7 @@ def _measure_chunk(
     masses, green = jax.lax.map(of_key, words)
     chosen = jnp.take_along_axis(logps, targets[:, None], axis=1)[:, 0]
     return (
-        entropy_of(raw),
+        spread(raw).entropies,
         chosen,
         jnp.moveaxis(masses, -1, 0),
         jnp.moveaxis(green, -1, 0),

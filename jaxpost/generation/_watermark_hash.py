@@ -121,7 +121,7 @@ def green_list(prev_ids: jax.Array, key: WatermarkKey, *, gamma: float) -> jax.A
     """
     count = np.uint32(green_count(gamma, key.vocab_size))
     prev_ids = jnp.asarray(prev_ids)
-    rows = green_rows(key.words, prev_ids.reshape(-1), count, key.vocab_size)
+    rows = _green_rows(key.words, prev_ids.reshape(-1), count, key.vocab_size)
     return rows.reshape(*prev_ids.shape, key.vocab_size)
 
 
@@ -138,6 +138,9 @@ def green_rows(
     limit = _limit(words, prev_ids, count, vocab_size)[:, None, None]
     green = (ranks < limit).reshape(prev_ids.shape[0], rows * columns)
     return green[:, :vocab_size]
+
+
+_green_rows = jax.jit(green_rows, static_argnums=3)
 
 
 def are_green(

@@ -36,7 +36,7 @@ class WatermarkDetectConfig:
         entropies: JSON file with a list of entropies per text, instead of a model.
         tokenizer: Folder or hub name of the tokenizer, if not with the model.
         prompt: What stood before the text, of a file that is one text.
-        use_prompts: False tests rows as if their prompts were not known.
+        without_prompts: Test rows as if their prompts were not known.
         retokenize: Encode texts again even where rows have their ids.
         ignore_record: Test rows that say they were marked with another key.
         z_threshold: The z that a watermark must exceed.
@@ -59,7 +59,7 @@ class WatermarkDetectConfig:
     entropies: str | None = None
     tokenizer: str | None = None
     prompt: str | None = None
-    use_prompts: bool = True
+    without_prompts: bool = False
     retokenize: bool = False
     ignore_record: bool = False
     z_threshold: float = 4.0
@@ -113,7 +113,7 @@ def run_watermark_detect(config: WatermarkDetectConfig) -> list[dict[str, Any]]:
         config.file,
         words,
         prompt=config.prompt,
-        use_prompts=config.use_prompts,
+        use_prompts=not config.without_prompts,
         retokenize=config.retokenize,
         entropies=config.entropies,
         limit=config.limit,
