@@ -271,6 +271,14 @@ def watermark_calibrate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def watermark_eval(arguments: Sequence[str]) -> int:
+    """Measure what a watermark costs and how well it is found, on programming tasks."""
+    from jaxpost.recipes.watermark_eval import WatermarkEvalConfig, run_watermark_eval
+
+    run_watermark_eval(_parse(WatermarkEvalConfig, arguments, "jaxpost watermark eval"))
+    return 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Verb:
     """A word of the command line, and whether it works long enough to tune malloc."""
@@ -290,6 +298,7 @@ VERBS = {
     "watermark generate": Verb(watermark_generate, computes=True),
     "watermark detect": Verb(watermark_detect, computes=True),
     "watermark calibrate": Verb(watermark_calibrate, computes=True),
+    "watermark eval": Verb(watermark_eval, computes=True),
     "convert": Verb(convert),
     "data check": Verb(data_check),
     "graph train": Verb(graph_train, computes=True),

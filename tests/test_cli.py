@@ -61,6 +61,7 @@ def test_each_verb_has_complete_help(verb, monkeypatch, capsys):
         "watermark generate": "--delta",
         "watermark detect": "--z-threshold",
         "watermark calibrate": "--false-positive-rate",
+        "watermark eval": "--unsafe-sandbox",
         "convert": "--max-shard-bytes",
         "report": "--out",
         "demo": "--seed",

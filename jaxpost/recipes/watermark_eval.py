@@ -22,7 +22,6 @@ from jaxpost import data, evaluation, generation, prompts, sandbox, weights
 from jaxpost.generation import watermark
 from jaxpost.models import Model
 from jaxpost.recipes import _watermark_report
-from jaxpost.recipes._watermark_edits import edits
 from jaxpost.recipes._watermark_answers import (
     Answers,
     Texts,
@@ -31,6 +30,7 @@ from jaxpost.recipes._watermark_answers import (
     read_texts,
     z_scores,
 )
+from jaxpost.recipes._watermark_edits import edits
 
 Method = Literal["sweet", "wllm"]
 UNMARKED = "unmarked"
