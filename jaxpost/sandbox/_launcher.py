@@ -184,7 +184,8 @@ def _build_world(task: dict[str, Any]) -> int:
     root, limits = task["folder"], task["limits"]
     plain = _kernel.MS_NOSUID | _kernel.MS_NODEV
     _kernel.mount("none", "/", None, _kernel.MS_REC | _kernel.MS_PRIVATE)
-    _kernel.mount("sandbox", root, "tmpfs", plain, "size=1m,mode=755")
+    written = sum(len(task[name].encode()) for name in (PROGRAM, INPUT, DRIVER))
+    _kernel.mount("sandbox", root, "tmpfs", plain, f"size={MIB + written},mode=755")
     for path in task["paths"]:
         _show(path, root)
     for device in DEVICES:

@@ -140,8 +140,8 @@ def _run(
             "paths": _paths(),
             "python": os.path.realpath(sys.executable),
             "mark": mark,
-            "program.py": program,
-            "input": stdin,
+            "program.py": _encodable(program),
+            "input": _encodable(stdin),
             "driver.py": _driver(),
         }
         if not isolate:
@@ -152,6 +152,11 @@ def _run(
     if "refused" in report:
         return _refused(report["refused"])
     return _judge(report, mark, limits, must_finish, isolate=isolate)
+
+
+def _encodable(text: str) -> str:
+    """Text that UTF-8 can hold: what half a character decodes to cannot be written."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _refused(reason: str) -> SandboxResult:

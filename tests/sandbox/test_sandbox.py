@@ -43,6 +43,11 @@ def test_how_a_program_ended(program, status, detail):
     assert result.passed == (status == "passed")
 
 
+def test_long_programs_and_half_characters_are_written():
+    program = f"x = {'1' * 2_000_000!r}\nassert len(x) == 2_000_000  # \ud800"
+    assert sandbox.run(program, limits=LIMITS).passed
+
+
 def test_leaving_early_may_be_allowed():
     program = "import unittest, sys; sys.exit(0)"
     assert sandbox.run(program, limits=LIMITS, must_finish=False).passed
