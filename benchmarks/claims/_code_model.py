@@ -5,7 +5,9 @@ A byte-pair tokenizer and a decoder of about a million parameters, both trained 
 """
 
 import dataclasses
+import json
 import pathlib
+import time
 
 from jaxpost import data, models, training, weights
 from jaxpost.recipes import sft
@@ -47,13 +49,24 @@ class CodeModel:
 
 def load_code_model(
     settings: CodeModel, folder: pathlib.Path
-) -> tuple[models.Model, data.Tokenizer]:
-    """The model and its tokenizer from `folder`, trained there first if need be."""
-    export = folder / "model" / "export"
-    if not (export / "config.json").exists():
+) -> tuple[models.Model, data.Tokenizer, dict[str, float]]:
+    """The model and its tokenizer from `folder`, trained there first if need be.
+
+    Returns:
+        Both, and the seconds and CPU seconds that training them took.
+    """
+    export, took = folder / "model" / "export", folder / "took.json"
+    if not took.exists():
+        began, cpu = time.perf_counter(), time.process_time()
         _train_tokenizer(settings.vocab_size).save(folder / "tokenizer")
         sft.run(_sft_config(settings, folder))
-    return weights.load(export), data.load_tokenizer(export)
+        spent = {
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - cpu,
+        }
+        took.write_text(json.dumps(spent) + "\n", encoding="utf-8")
+    spent = json.loads(took.read_text(encoding="utf-8"))
+    return weights.load(export), data.load_tokenizer(export), spent
 
 
 def _train_tokenizer(vocab_size: int) -> data.Tokenizer:

@@ -69,8 +69,10 @@ def print_tables(result: dict[str, Any]) -> None:
     for line in result["verdicts"]:
         console.print(f"- {line}", highlight=False)
     spent = result["environment"]
+    took = spent["training"]
     console.print(
-        f"{spent['seconds']:.0f} s, of which training {spent['seconds_training']:.0f} s"
+        f"{spent['seconds']:.0f} s in all; training took {took['seconds']:.0f} s, "
+        f"{took['cpu_seconds']:.0f} s of CPU time"
     )
 
 

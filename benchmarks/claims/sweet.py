@@ -31,7 +31,7 @@ from jaxpost import data, evaluation, generation, models, ops
 from jaxpost.generation import watermark
 from jaxpost.recipes._watermark_answers import Texts, answer, parses, read_texts
 from jaxpost.recipes._watermark_answers import z_scores as texts_z
-from jaxpost.recipes.watermark_eval import Setting, settings_of
+from jaxpost.recipes._watermark_judge import Setting, settings_of
 
 HERE = pathlib.Path(__file__).parent
 WLLM = watermark.NO_THRESHOLD
@@ -61,12 +61,12 @@ class Lab:
     gammas: tuple[float, ...] = (0.1, 0.25, 0.5)
     deltas: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0, 4.0)
     tau_quantile: float = 0.5
-    prompts: int = 128
+    prompts: int = 256
     new_tokens: int = 96
     shortest: int = 24
     longest_prompt: int = 96
     null_texts: int = 640
-    keys: int = 20
+    keys: int = 100
     cost_keys: int = 4
     secret: int = 15485863
     bootstrap: int = 1000
@@ -404,8 +404,7 @@ def table(settings: list[Setting], marks: Marks, costs: Costs) -> list[dict[str,
 def run(lab: Lab, folder: pathlib.Path) -> dict[str, Any]:
     """Everything that is measured."""
     began = time.perf_counter()
-    model, tokenizer = load_code_model(lab.code, folder)
-    trained = time.perf_counter()
+    model, tokenizer, training = load_code_model(lab.code, folder)
     vocab = tokenizer.vocab_size
     held_out = read_functions(lab, tokenizer, "test")
     seen = read_functions(lab, tokenizer, "train")
@@ -446,7 +445,7 @@ def run(lab: Lab, folder: pathlib.Path) -> dict[str, Any]:
             "jax": jax.__version__,
             "python": platform.python_version(),
             "corpus": data.stdlib_fingerprint()[:16],
-            "seconds_training": trained - began,
+            "training": training,
             "seconds": time.perf_counter() - began,
         },
     }

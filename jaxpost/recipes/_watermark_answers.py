@@ -19,13 +19,13 @@ class Texts(NamedTuple):
 
     Fields:
         tokens: int32 `[N, T]`.
-        mask: True on the answers' tokens, bool `[N, T]`.
         entropies: of the distribution that each was drawn from, float32 `[N, T]`, nats.
+        mask: True on the answers' tokens, bool `[N, T]`.
     """
 
     tokens: np.ndarray
-    mask: np.ndarray
     entropies: np.ndarray
+    mask: np.ndarray
 
 
 class Answers(NamedTuple):
@@ -111,7 +111,7 @@ def read_texts(
         ]
     )
     kept = slice(len(pairs))
-    return Texts(tokens[kept], mask[kept], entropies[kept])
+    return Texts(tokens[kept], entropies[kept], mask[kept])
 
 
 def z_scores(

@@ -1,6 +1,7 @@
 """`jaxpost watermark eval` on a model that knows nothing and tasks whose verdicts are
 known, and its parts."""
 
+import dataclasses
 import json
 import math
 
@@ -11,10 +12,11 @@ from jaxpost import cli, data, evaluation, prompts, sandbox
 from jaxpost.recipes import _watermark_report as report
 from jaxpost.recipes._watermark_answers import parses
 from jaxpost.recipes._watermark_edits import KINDS, RATES, edits
+from jaxpost.recipes._watermark_judge import settings_of
 from jaxpost.recipes.watermark_eval import (
     WatermarkEvalConfig,
+    open_bench,
     run_watermark_eval,
-    settings_of,
 )
 
 GAMMA, TOKENS = 0.25, 12
@@ -99,8 +101,8 @@ def test_edits_are_detected_one_by_one(found):
     lines = results["robustness"]
     assert len(lines) == 2 * (3 + len(KINDS) * len(RATES))
     by_edit = {line["edit"]: line for line in lines if line["method"] == "wllm"}
-    # Comments are all that the answers are.
-    assert by_edit["drop comments"]["answers"] == 0
+    # The comment that an answer goes on with begins in the prompt, which is left alone.
+    assert by_edit["drop comments"]["mean_z"] == by_edit["none"]["mean_z"]
     assert by_edit["none"]["mean_z"] > by_edit["substitute 30%"]["mean_z"]
 
 
@@ -125,6 +127,23 @@ def test_answers_must_fit(places):
     config = WatermarkEvalConfig(model, tasks, max_new_tokens=128, run_root=str(root))
     with pytest.raises(ValueError, match="task right: .* 128 new ones are more than"):
         run_watermark_eval(config)
+
+
+def test_tasks_that_do_not_fit_may_be_left_out(places, tmp_path):
+    _, model, tasks = places
+    long = {"task_id": "long", "prompt": "# long " * 40, "completion": "x"}
+    with open(tasks, encoding="utf-8") as file:
+        text = json.dumps(long) + "\n" + file.read()
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(text, "utf-8")
+    config = WatermarkEvalConfig(
+        model, str(path), max_new_tokens=TOKENS, max_tasks=1, skip_long=True
+    )
+    bench = open_bench(config)
+    assert [task.name for task in bench.tasks] == ["right"]
+    assert len(bench.prompts) == 1
+    with pytest.raises(ValueError, match="task long: .* leave such tasks out"):
+        open_bench(dataclasses.replace(config, skip_long=False))
 
 
 @pytest.mark.parametrize(
