@@ -1,6 +1,6 @@
 """SWEET against WLLM on code: what the mark costs, and how well it is found.
 
-    .venv/bin/python benchmarks/claims/sweet.py            # see LAB for the time
+    .venv/bin/python benchmarks/claims/sweet.py            # training, then 3 minutes
     .venv/bin/python benchmarks/claims/sweet.py --quick    # checks the program
 
 A small decoder is trained on `builtin:python-stdlib` (kept in `--folder`), and answers
@@ -61,12 +61,12 @@ class Lab:
     gammas: tuple[float, ...] = (0.1, 0.25, 0.5)
     deltas: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0, 4.0)
     tau_quantile: float = 0.5
-    prompts: int = 256
+    prompts: int = 128
     new_tokens: int = 96
     shortest: int = 24
     longest_prompt: int = 96
     null_texts: int = 640
-    keys: int = 100
+    keys: int = 20
     cost_keys: int = 4
     secret: int = 15485863
     bootstrap: int = 1000
