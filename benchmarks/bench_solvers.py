@@ -46,15 +46,19 @@ OURS = {
     "kaczmarz": {},
     "kaczmarz_norm": {},
     "published-exact": {},
-    "published-gaussian": {},
-    "published-kaczmarz": {},
+    # With the published cap of 1e5 sketches BT12, HS47 and HS52 end there: the accuracy
+    # that the rule asks for takes up to twice as many.
+    "published-gaussian": {"max_inner": 1_000_000},
+    "published-kaczmarz": {"max_inner": 1_000_000},
 }
 """Rows of ours: the method's name and what differs from its settings."""
 
 FASTEST = "exact"  # the default of `solvers.solve`
+ADAPTIVE = "l1-SQP, GMRES, adaptive"
 PUBLISHED_SHARE = 45 / 47
 DATA = ("ionosphere_scale", "mushrooms")
 SEEDS = 5
+BLOCK_S = 0.02
 SLOW_S = 2.0  # solves longer than this are timed once
 
 Row = dict
@@ -74,9 +78,12 @@ def rows_of(problem: problems.Problem, args: argparse.Namespace) -> Iterator[Row
 
 
 def _time(solve: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(solve())
-    return time.perf_counter() - start
+    """Seconds of a solve; of as many as take `BLOCK_S`, if one is shorter."""
+    start, count, spent = time.perf_counter(), 0, 0.0
+    while spent < BLOCK_S:
+        jax.block_until_ready(solve())
+        count, spent = count + 1, time.perf_counter() - start
+    return spent / count
 
 
 def _wanted(name: str, args: argparse.Namespace) -> bool:
@@ -88,9 +95,7 @@ def _ours(problem, args):
     for name, changes in OURS.items():
         if not _wanted(name, args):
             continue
-        options = options_of(
-            name, tolerance=args.tolerance, max_iterations=1000, **changes
-        )
+        options = options_of(name, tolerance=args.tolerance, **changes)
         solve, facts = measure(problem, options, key=key)
         yield {"row": name, "kind": "ours", **_shorter(facts)}, solve
 
@@ -253,6 +258,11 @@ def judge(rows: list[Row], suite: str) -> list[Goal]:
         middle = statistics.median(row["iterations"] for row in ours.values())
         if suite == "cutest":
             goals.append(Goal(f"median iterations of {FASTEST}", middle, 5, False))
+    adaptive = _of(rows, ADAPTIVE)
+    if both := [n for n in ours.keys() & adaptive.keys() if adaptive[n]["solved"]]:
+        times = [sum(side[n]["seconds"] for n in both) for side in (adaptive, ours)]
+        text = f"time of adaptive l1-SQP over {FASTEST}, summed over {len(both)}"
+        goals.append(Goal(text, times[0] / times[1], 1.0, True))
     if common := _common(rows):
         times = [sum(side[n]["seconds"] for n in common) for side in (scipy, ours)]
         text = f"time of trust-constr over {FASTEST}, summed over {len(common)}"
