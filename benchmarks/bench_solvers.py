@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -53,6 +54,7 @@ OURS = {
 }
 """Rows of ours: the method's name and what differs from its settings."""
 
+NAMES = (*OURS, *BASELINES, *RIVALS)
 FASTEST = "exact"  # the default of `solvers.solve`
 ADAPTIVE = "l1-SQP, GMRES, adaptive"
 PUBLISHED_SHARE = 45 / 47
@@ -64,17 +66,22 @@ SLOW_S = 2.0  # solves longer than this are timed once
 Row = dict
 
 
-def rows_of(problem: problems.Problem, args: argparse.Namespace) -> Iterator[Row]:
-    """All rows of one problem, each timed in every round."""
-    solvers = list(_ours(problem, args)) + list(_baselines(problem, args))
-    solvers += list(_scipy(problem, args))
+def rows_of(
+    problem: problems.Problem, args: argparse.Namespace, done: set[str]
+) -> Iterator[Row]:
+    """Rows of one problem that are wanted and not done, each timed in every round."""
+    wanted = set(args.only or NAMES) - done
+    solvers = list(_ours(problem, args, wanted))
+    solvers += list(_baselines(problem, args, wanted))
+    solvers += list(_scipy(problem, args, wanted))
     seconds: dict[str, list[float]] = {row["row"]: [] for row, _ in solvers}
     for _ in range(args.repeats):
         for row, solve in solvers:
             if not seconds[row["row"]] or max(seconds[row["row"]]) < SLOW_S:
                 seconds[row["row"]].append(_time(solve))
     for row, _ in solvers:
-        yield row | {"seconds": statistics.median(seconds[row["row"]])}
+        middle = statistics.median(seconds[row["row"]])
+        yield row | {"seconds": middle, "load": os.getloadavg()[0]}
 
 
 def _time(solve: Callable[[], object]) -> float:
@@ -86,14 +93,10 @@ def _time(solve: Callable[[], object]) -> float:
     return spent / count
 
 
-def _wanted(name: str, args: argparse.Namespace) -> bool:
-    return not args.only or name in args.only
-
-
-def _ours(problem, args):
+def _ours(problem, args, wanted):
     key = jax.random.key(args.seed)
     for name, changes in OURS.items():
-        if not _wanted(name, args):
+        if name not in wanted:
             continue
         options = options_of(name, tolerance=args.tolerance, **changes)
         solve, facts = measure(problem, options, key=key)
@@ -107,9 +110,9 @@ def _shorter(facts: Row) -> Row:
     return row | {"solved": facts["status"] == "converged"}
 
 
-def _baselines(problem, args):
+def _baselines(problem, args, wanted):
     for name in BASELINES:
-        if not _wanted(name, args):
+        if name not in wanted:
             continue
         start = time.perf_counter()
         solve = compiled(name, problem, args.tolerance)
@@ -133,14 +136,14 @@ def _baselines(problem, args):
         )
 
 
-def _scipy(problem, args):
-    if not any(_wanted(name, args) for name in RIVALS):
+def _scipy(problem, args, wanted):
+    if not wanted & set(RIVALS):
         return
     start = time.perf_counter()
     functions = Functions(problem)
     compile_s = time.perf_counter() - start
     for name in RIVALS:
-        if not _wanted(name, args):
+        if name not in wanted:
             continue
         found, _ = timed(name, functions, args.tolerance)
         yield (
@@ -202,7 +205,8 @@ def table(rows: list[Row], args: argparse.Namespace) -> Table:
     for heading in (*headings, "time ms", "common ms", "compile s"):
         shown.add_column(heading, justify="right")
     common = _common(rows)
-    for name in dict.fromkeys(row["row"] for row in rows):
+    measured = {row["row"] for row in rows}
+    for name in (name for name in NAMES if name in measured):
         mine = [row for row in rows if row["row"] == name]
         solved = [row for row in mine if row["solved"]]
         cells = [_median(solved, key) for key in _COUNTS]
@@ -277,13 +281,11 @@ def main() -> int:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     console = Console(width=max(Console().width, 120))
     rows = json.loads(args.out.read_text("utf-8"))["rows"] if args.resume else []
-    done = {row["problem"] for row in rows}
     for problem in {"cutest": cutest, "logistic": logistic}[args.suite](args):
-        if problem.name in done:
-            continue
         size = f"n {problem.num_variables}, m {problem.num_constraints}"
         console.print(f"{problem.name} ({size})", highlight=False)
-        for row in rows_of(problem, args):
+        done = {row["row"] for row in rows if row["problem"] == problem.name}
+        for row in rows_of(problem, args, done):
             rows.append({"problem": problem.name, "optimum": problem.optimum, **row})
             if not row["solved"]:
                 status = row.get("status", "")
@@ -326,12 +328,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=2023, help="of the sketches")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="logistic draws")
     parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--resume", action="store_true", help="go on with --out")
+    parser.add_argument(
+        "--resume", action="store_true", help="add rows that --out has not"
+    )
     args = parser.parse_args()
-    names = [*OURS, *BASELINES, *RIVALS]
     for name in args.only or ():
-        if name not in names:
-            parser.error(f"no row {name!r}; rows: {'; '.join(names)}")
+        if name not in NAMES:
+            parser.error(f"no row {name!r}; rows: {'; '.join(NAMES)}")
     args.out = args.out or HERE / "results" / f"solvers_{args.suite}.json"
     return args
 
