@@ -8,7 +8,7 @@ import pytest
 import yaml
 from toy_config import toy_config
 
-from jaxpost import recipes, rewards, training, weights
+from jaxpost import models, recipes, rewards, training, weights
 from jaxpost.recipes import grpo
 from jaxpost.recipes._config import ConfigError
 
@@ -193,3 +193,52 @@ def test_a_reward_that_fails_is_named(tmp_path):
 def test_settings_that_do_not_fit_are_named(tmp_path, changes, match):
     with pytest.raises((ConfigError, ValueError), match=match):
         recipes.run(load(tmp_path, **changes))
+
+
+@pytest.mark.slow
+def test_adapters_alone_are_trained(tmp_path):
+    """The base without them is the reference; killed within a round, it goes on bit
+    for bit; the export is base plus adapters."""
+    changes = {
+        "lora": {"rank": 4, "alpha": 8, "targets": ["q", "v", "down"]},
+        "export": {"lora": "both"},
+    }
+    state = recipes.run(load(tmp_path, **changes))
+    found = [line for line in lines(tmp_path / "toy") if "loss" in line]
+    assert abs(found[0]["kl"]) < 1e-6 < found[-1]["kl"]
+    for line in found:
+        assert line["sampling/sampling_logp_difference/max"] < 1e-5
+    moved = [float(np.abs(leaf).max()) for leaf in jax.tree.leaves(state.params)]
+    assert len(moved) == 6  # A and B of three targets, and nothing else
+    assert min(moved) > 0.0
+
+    merged = weights.load(tmp_path / "toy" / "export")
+    base = models.Model(state.frozen, merged.config)
+    adapted = weights.load_adapter(base, tmp_path / "toy" / "adapter")
+    for one, two in zip(
+        jax.tree.leaves(models.merge_lora(adapted).params),
+        jax.tree.leaves(merged.params),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, two, atol=1e-6)
+
+    class Killed(BaseException):
+        pass
+
+    log = training.RunFolder.log_metrics
+
+    def die_after_seven(self, line):
+        log(self, line)
+        if line["step"] == 7:
+            raise Killed
+
+    again = load(tmp_path, "--name", "again", **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.RunFolder, "log_metrics", die_after_seven)
+        with pytest.raises(Killed):
+            recipes.run(again)
+    resumed = recipes.run(again, resume=True)
+    for one, two in zip(
+        jax.tree.leaves(resumed.params), jax.tree.leaves(state.params), strict=True
+    ):
+        np.testing.assert_array_equal(one, two)
