@@ -35,7 +35,7 @@ setup: $(VENV)/.base ## create .venv and install jaxpost
 
 # Compiled programs are kept between runs; huge pages are worth 9-28% to XLA on CPU.
 demo: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-demo: $(VENV)/.base ## train, fine-tune, evaluate and export a small model
+demo: $(VENV)/.base ## train, fine-tune, optimise and export a small model
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/jaxpost demo
 
 test: $(VENV)/.test ## everything that needs no torch and no accelerator

@@ -8,6 +8,14 @@ from typing import Any
 
 from jaxpost import data, evaluation, weights
 
+TITLES = {
+    "base": "base",
+    "sft": "SFT",
+    "self_rewarding_ppo": "Self-Rewarding PPO",
+    "grpo": "GRPO",
+}
+"""What the models are called."""
+
 PLATEAU = 0.02
 """A base model is at its plateau if its last two held-out losses differ by less, as a
 share of the last."""
@@ -54,44 +62,77 @@ class Show:
         )
 
     def table(
-        self, before: evaluation.ExactMatch, after: evaluation.ExactMatch
+        self,
+        drawn: Mapping[str, evaluation.ExactMatch],
+        greedy: Mapping[str, evaluation.ExactMatch],
+        optimised: int,
     ) -> None:
-        """Exact match by grade, before and after."""
+        """Exact match by grade and model, the grade marked that was optimised; of the
+        likeliest answers only its, and the mean."""
         import rich.table
 
-        table = rich.table.Table(title="exact match on held-out problems, %")
-        for name in ("grade (steps)", "problems", "before", "after", "gain"):
-            table.add_column(name, justify="right")
-        shares = [
-            (f"{g}", str(after.count(g)), before.accuracy(g), after.accuracy(g))
-            for g in sorted(after.groups(), key=str)
-        ]
-        total = (before.mean_accuracy(), after.mean_accuracy())
-        for name, count, old, new in [
-            *shares,
-            ("mean of grades", str(len(after.judged)), *total),
-        ]:
-            gain = f"{100 * (new - old):+.1f}"
-            table.add_row(name, count, f"{100 * old:.1f}", f"{100 * new:.1f}", gain)
-        table.rows[-2].end_section = True
+        table = rich.table.Table(
+            title="exact match on held-out problems, %, answers drawn at temperature 1"
+        )
+        table.add_column("grade (steps)", justify="right")
+        table.add_column("problems", justify="right")
+        for name in drawn:
+            table.add_column(TITLES[name], justify="right")
+        table.add_column("GRPO - SFT", justify="right")
+        one = next(iter(drawn.values()))
+        for grade in sorted(one.groups(), key=str):
+            mark = " *" if grade == optimised else ""
+            _add_row(
+                table,
+                f"{grade}{mark}",
+                one.count(grade),
+                {name: match.accuracy(grade) for name, match in drawn.items()},
+            )
+        table.rows[-1].end_section = True
+        for title, found in (("mean", drawn), ("mean, greedy", greedy)):
+            _add_row(
+                table,
+                title,
+                len(one.judged),
+                {name: match.mean_accuracy() for name, match in found.items()},
+            )
+        _add_row(
+            table,
+            f"{optimised} *, greedy",
+            one.count(optimised),
+            {name: match.accuracy(optimised) for name, match in greedy.items()},
+        )
         self.console.print(table)
+        self.console.print(
+            "* optimised by Self-Rewarding PPO and GRPO, both from SFT, without worked "
+            "answers; greedy: the likeliest token each time",
+            style="dim",
+        )
 
     def samples(
         self,
         rows: Sequence[Mapping[str, Any]],
-        before: evaluation.ExactMatch,
-        after: evaluation.ExactMatch,
+        found: Mapping[str, evaluation.ExactMatch],
     ) -> None:
-        """Three problems with both models' answers: the first of grades 2 to 4."""
+        """Three problems with all models' answers: the first of grades 2 to 4."""
         grades = [row["grade"] for row in rows]
         for grade in (2, 3, 4):
             index = grades.index(grade)
-            old, new = before.judged[index], after.judged[index]
-            self._say(f"\ngrade {grade}: {new.prompt.strip()}", "bold")
-            self._say(f"before: {old.completion.strip() or '(ends at once)'}", "red")
-            verdict = "right" if new.correct else f"wrong, it is {new.answer}"
-            colour = "green" if new.correct else "yellow"
-            self._say(f"after ({verdict}):\n{new.completion}", colour)
+            self._say(f"\ngrade {grade}: {rows[index]['prompt'].strip()}", "bold")
+            for name, match in found.items():
+                item = match.judged[index]
+                verdict = "right" if item.correct else f"wrong, it is {item.answer}"
+                said = item.completion.strip() or "(ends at once)"
+                colour = "green" if item.correct else "yellow"
+                self._say(f"{TITLES[name]} ({verdict}):\n{said}", colour)
+
+    def figure(self, path: pathlib.Path | None) -> None:
+        """Where it is, or why there is none."""
+        self.console.print(
+            f"figure: {path}"
+            if path
+            else "no figure: it needs matplotlib (pip install 'jaxpost[report]')"
+        )
 
     def receipt(self, report: weights.ExportReport, same: bool) -> None:
         """What reloading the export showed."""
@@ -119,7 +160,7 @@ class Show:
         table.add_row("all", f"{sum(self.seconds.values()):.1f}")
         self.console.print(table)
         self._say(
-            f"look further: jaxpost report {self.folder}/base {self.folder}/sft\n"
+            f"look further: jaxpost report {self.folder}/sft {self.folder}/grpo\n"
             f"and: jaxpost generate {self.folder}/export --temperature 0 --prompt "
             '"Mia has 12 pears. Then she buys 5 more pears. How many pears does Mia '
             'have now?\n"',
@@ -128,3 +169,9 @@ class Show:
 
     def _say(self, text: str, style: str) -> None:
         self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def _add_row(table: Any, title: str, count: int, shares: Mapping[str, float]) -> None:
+    gain = 100 * (shares["grpo"] - shares["sft"])
+    cells = [f"{100 * share:.1f}" for share in shares.values()]
+    table.add_row(title, str(count), *cells, f"{gain:+.1f}")

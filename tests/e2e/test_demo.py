@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import yaml
 
 from jaxpost import data, weights
 from jaxpost.recipes import demo
@@ -12,9 +13,15 @@ TOY = demo.DemoConfig(
     name="toy",
     base_steps=6,
     steps=6,
+    self_rewarding_steps=4,
+    policy_steps=2,
+    grade=1,
     batch_size=4,
     base_problems=48,
     problems=48,
+    prompts=12,
+    batch_prompts=4,
+    samples=2,
     eval_problems=2,
     hidden_size=32,
     intermediate_size=64,
@@ -29,20 +36,51 @@ def finished(tmp_path_factory):
     return demo.run_demo(dataclasses.replace(TOY, run_root=str(root)))
 
 
+MODELS = ["base", "sft", "self_rewarding_ppo", "grpo"]
+
+
 def test_run_folder_is_complete(finished):
-    for run in ("base", "sft"):
+    for run in MODELS:
         for name in ("config.yaml", "environment.json", "metrics.jsonl", "checkpoints"):
             assert (finished.folder / run / name).exists()
     result = json.loads((finished.folder / "result.json").read_text())
-    assert set(result["before"]) == {"exact_match"} | {
-        f"exact_match/{grade}" for grade in (1, 2, 3, 4)
-    }
+    for kind in ("drawn", "greedy"):
+        found = result["exact_match"][kind]
+        assert list(found) == MODELS
+        for name in MODELS:
+            assert set(found[name]) == {"exact_match"} | {
+                f"exact_match/{grade}" for grade in (1, 2, 3, 4)
+            }
     assert sum(result["seconds"].values()) > 0
     lines = (finished.folder / "samples.jsonl").read_text().splitlines()
-    assert len(lines) == 2 * 4 * TOY.eval_problems
+    assert len(lines) == 2 * len(MODELS) * 4 * TOY.eval_problems
 
 
-def test_both_runs_learn(finished):
+def test_the_figure_shows_models_and_courses(finished):
+    text = (finished.folder / "demo.svg").read_text()
+    for name in ("base", "SFT", "Self-Rewarding PPO", "GRPO"):
+        assert f">{name}<" in text
+    assert text.count("<path") > 16  # a bar for each model and grade, and the courses
+
+
+def test_the_last_two_go_on_from_the_fine_tuned_model_without_answers(finished):
+    """Self-Rewarding PPO is given no reward, GRPO right or wrong; of one grade."""
+    for run in MODELS[2:]:
+        config = yaml.safe_load((finished.folder / run / "config.yaml").read_text())
+        assert config["model"]["path"] == str(finished.folder / "sft" / "export")
+        prompts = data.load_prompts(
+            config["data"]["train"],
+            data.load_tokenizer(finished.folder / "tokenizer"),
+            max_length=TOY.max_length,
+        )
+        assert {prompt.columns["grade"] for prompt in prompts} == {TOY.grade}
+    lines = (finished.folder / "self_rewarding_ppo/metrics.jsonl").read_text()
+    first = next(x for x in map(json.loads, lines.splitlines()) if "loss" in x)
+    assert first["reward"] == first["self_reward/mean"]
+    assert first["kl/sft"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_base_and_fine_tuning_learn(finished):
     for run in ("base", "sft"):
         losses = list(demo.eval_losses(finished.folder / run).values())
         assert losses[-1] < losses[0]
@@ -83,11 +121,11 @@ def test_export_reloads(finished):
 
 
 def test_held_out_problems_are_not_trained_on(finished):
-    config = demo.sft_config(TOY, finished.folder)
-    trained = {row.columns["completion"] for row in data.load_rows(config.data.train)}
-    assert not trained & {item.completion for item in finished.before.judged}
-    asked = {item.prompt for item in finished.after.judged}
-    assert not asked & {r.columns["prompt"] for r in data.load_rows(config.data.train)}
+    asked = {item.prompt for item in finished.drawn["grpo"].judged}
+    for make in (demo.sft_config, demo.grpo_config, demo.self_rewarding_config):
+        config = make(TOY, finished.folder)
+        rows = data.load_rows(config.data.train)
+        assert not asked & {row.columns["prompt"] for row in rows}
 
 
 def test_errors(finished):
@@ -95,3 +133,5 @@ def test_errors(finished):
         demo.make_folder(dataclasses.replace(TOY, run_root=str(finished.folder.parent)))
     with pytest.raises(ValueError, match="steps must be at least 1"):
         dataclasses.replace(TOY, steps=0)
+    with pytest.raises(ValueError, match="grade must be at most 4, got 5"):
+        dataclasses.replace(TOY, grade=5)
