@@ -8,7 +8,7 @@ import pytest
 import yaml
 from toy_config import toy_config
 
-from jaxpost import models, recipes, rewards, training, weights
+from jaxpost import data, models, recipes, rewards, training, weights
 from jaxpost.recipes import grpo
 from jaxpost.recipes._config import ConfigError
 
@@ -193,6 +193,19 @@ def test_a_reward_that_fails_is_named(tmp_path):
 def test_settings_that_do_not_fit_are_named(tmp_path, changes, match):
     with pytest.raises((ConfigError, ValueError), match=match):
         recipes.run(load(tmp_path, **changes))
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    rows = data.arithmetic_rows("train", count=40, grades=1)
+    words = data.train_word_tokenizer(r["prompt"] + r["completion"] for r in rows)
+    words.save(tmp_path / "words")
+    path = tmp_path / "words" / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    assert fields.pop("eos_token")
+    path.write_text(json.dumps(fields))
+    model = CONFIG["model"] | {"tokenizer": str(tmp_path / "words")}
+    with pytest.raises(ValueError, match=r"words names no end-of-seq.*--data.eos-tok"):
+        recipes.run(load(tmp_path, model=model))
 
 
 @pytest.mark.slow
