@@ -34,7 +34,7 @@ ENTRIES = (
     Entry(RIVAL_PROCESS, TORCH, "watermark_transformers.py", ("--work", "process")),
     Entry(DETECT, OWN, "watermark_jaxpost.py", ("--work", "detect"), times=20),
     Entry(RIVAL_DETECT, TORCH, "watermark_transformers.py", ("--work", "detect")),
-    Entry(DECODE, OWN, "watermark_jaxpost.py", ("--work", "decode"), times=5),
+    Entry(DECODE, OWN, "watermark_jaxpost.py", ("--work", "decode"), times=3),
 )
 
 

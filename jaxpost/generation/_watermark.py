@@ -158,11 +158,17 @@ def raise_green(
             f"model has logits of {width}: do tokenizer and model belong together?"
         )
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    green = green_rows(processor.words, prev_ids, processor.count, vocab_size)
-    green = jnp.pad(green, ((0, 0), (0, width - vocab_size)))
     marked = spread(logits).entropies > processor.tau
-    bonus = jnp.asarray(processor.delta, logits.dtype)
-    return jnp.where(marked[:, None] & green, logits + bonus, logits)
+
+    def raised() -> jax.Array:
+        green = green_rows(processor.words, prev_ids, processor.count, vocab_size)
+        green = jnp.pad(green, ((0, 0), (0, width - vocab_size)))
+        bonus = jnp.asarray(processor.delta, logits.dtype)
+        return jnp.where(marked[:, None] & green, logits + bonus, logits)
+
+    # Often no row wavers; and a hash fused into what reads the logits would run once
+    # for each of its readers.
+    return jax.lax.cond(jnp.any(marked), raised, lambda: logits)
 
 
 _raise_green = jax.jit(raise_green)
