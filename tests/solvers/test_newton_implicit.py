@@ -54,6 +54,7 @@ def differences(args, key):
     return found
 
 
+@pytest.mark.slow
 def test_reverse_and_forward_are_finite_differences(args, key):
     floats = {name: args[name] for name in ("point", "axes")}
 
@@ -93,6 +94,7 @@ def test_second_derivative(args, key):
     assert float(jax.grad(jax.grad(value))(0.0)) == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_start_and_multipliers_do_not_matter(args, key):
     def value(start, multipliers):
         result = solvers.solve(

@@ -63,6 +63,7 @@ def test_poisson_control_in_one_exact_step():
     check_solution(result, 0.0)
 
 
+@pytest.mark.slow
 def test_constants_of_the_poisson_system():
     problem = problems.pde(3)
     bound = bind(problem.objective, problem.constraint, problem.args)
@@ -76,7 +77,9 @@ def test_constants_of_the_poisson_system():
     assert float(psi) == pytest.approx(1818.0, rel=1e-12)
 
 
-@pytest.mark.parametrize("preconditioner", [False, True])
+@pytest.mark.parametrize(
+    "preconditioner", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_poisson_control_without_matrices(preconditioner):
     result = solve_pde(3, FREE, preconditioner)
     check_solution(result, 1e-8)
@@ -85,6 +88,7 @@ def test_poisson_control_without_matrices(preconditioner):
         assert int(result.counters.inner_steps) <= 4 * int(result.iterations)
 
 
+@pytest.mark.slow
 def test_hybrid_factorises_where_a_few_steps_are_not_enough():
     options = SolveOptions(method="hybrid", delta=1e-6, tolerance=1e-8)
     alone, helped = (solve_pde(6, options, helped) for helped in (False, True))
@@ -115,6 +119,7 @@ def test_sketches_without_matrices(method):
     np.testing.assert_allclose(free.x, wanted.x, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_memory_grows_linearly():
     def peak_bytes(count):
         problem = problems.pde(count)

@@ -38,7 +38,9 @@ def test_hs6_where_the_objectives_hessian_is_not_enough():
     )
 
 
-@pytest.mark.parametrize(("name", "size"), [("hs6", 2), ("hs42", 4)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("hs6", 2), pytest.param("hs42", 4, marks=pytest.mark.slow)]
+)
 def test_gradient_is_that_of_finite_differences(name, size):
     value, gradient = merit_of(name, (jnp.asarray(2.0), jnp.asarray(0.3)))
     rng = np.random.default_rng(1)

@@ -24,13 +24,14 @@ def ratios(name, key, **changes):
     return values[1:] / values[:-1]
 
 
-@pytest.mark.parametrize("name", ["hs7", "hs78"])
+@pytest.mark.parametrize("name", ["hs7", pytest.param("hs78", marks=pytest.mark.slow)])
 def test_decreasing_theta_converges_superlinearly(name, key):
     found = ratios(name, key, theta_power=1.0, delta=0.5, theta=0.9)
     assert found[-1] < 1e-3
     assert found[-1] < found[-2] < found[-3]
 
 
+@pytest.mark.slow
 def test_constant_theta_converges_linearly(key):
     found = ratios("hs78", key, theta_power=0.0, delta=0.5, theta=0.9)
     assert np.min(found[-3:]) > 1e-3  # the accuracy asked for is the rate
@@ -57,14 +58,9 @@ def test_published_rule_by_sketches(method, key):
     assert np.all(np.asarray(result.history.inner_residual)[:last] < 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "method",
-    [
-        "minres",
-        "block_gaussian",
-        pytest.param("kaczmarz_norm", marks=pytest.mark.slow),
-        pytest.param("block_kaczmarz", marks=pytest.mark.slow),
-    ],
+    "method", ["minres", "kaczmarz_norm", "block_gaussian", "block_kaczmarz"]
 )
 def test_other_methods_reach_the_same_point(method, key):
     options = SolveOptions(method=method, tolerance=1e-8, theta_power=1.0)
