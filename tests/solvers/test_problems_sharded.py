@@ -8,7 +8,9 @@ from jaxpost import parallel, solvers
 from jaxpost.solvers import problems
 
 
-@pytest.mark.parametrize("method", ["exact", "minres"])
+@pytest.mark.parametrize(
+    "method", ["exact", pytest.param("minres", marks=pytest.mark.slow)]
+)
 def test_eight_devices_solve_as_one(method):
     with jax.enable_x64(True):
         rng = np.random.default_rng(3)
