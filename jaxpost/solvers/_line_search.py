@@ -59,7 +59,11 @@ def backtrack(
         alpha = 0.5 * alpha
         return alpha, trial(alpha), trials + 1
 
-    full = jnp.ones_like(merit)
-    start = (full, trial(full), jnp.ones((), jnp.int32))
+    # The first trial is the loop's first halving: `trial` is compiled once.
+    double = jnp.full_like(merit, 2.0)
+    nothing = jax.tree.map(
+        lambda a: jnp.full(a.shape, jnp.nan, a.dtype), jax.eval_shape(trial, double)
+    )
+    start = (double, nothing, jnp.zeros((), jnp.int32))
     alpha, (value, found), trials = jax.lax.while_loop(unfinished, halve, start)
     return LineSearch(alpha, value, found, trials, refused(alpha, value))

@@ -20,7 +20,13 @@ from jaxpost.solvers._matrix_free import free_system
 from jaxpost.solvers._merit import merit_gradient, merit_value
 from jaxpost.solvers._options import SolveOptions
 from jaxpost.solvers._problem import Problem
-from jaxpost.solvers._result import Counters, History, SolveResult
+from jaxpost.solvers._record import (
+    empty_record,
+    record_iterate,
+    record_step,
+    unpack_record,
+)
+from jaxpost.solvers._result import Counters, SolveResult
 from jaxpost.solvers._status import Status
 
 # (x, multipliers) -> (v -> P^-1 v) on `[n + m]`
@@ -48,7 +54,7 @@ class _State(NamedTuple):
     key: jax.Array
     iteration: jax.Array
     status: jax.Array
-    history: History
+    record: jax.Array
     counters: Counters
 
 
@@ -79,7 +85,7 @@ def run(
         key,
         jnp.zeros((), jnp.int32),
         _status_at(point, jnp.zeros((), jnp.int32), options),
-        _record_point(_empty_history(options, x0.dtype), point, 0),
+        _record_point(empty_record(options.max_iterations, x0.dtype), point, 0),
         Counters(*(jnp.asarray(count, jnp.int32) for count in (1, 1, 1, 0, 0))),
     )
 
@@ -93,7 +99,7 @@ def run(
         end.point.kkt,
         end.status,
         end.iteration,
-        end.history,
+        unpack_record(end.record),
         end.counters,
     )
 
@@ -146,9 +152,9 @@ def _iterate(problem, state, first_kkt, options, preconditioner) -> _State:
         penalty_gradient=penalties[1],
         delta=step.adaptive.delta,
         inner_steps=step.inner_steps,
-        escaped=step.escaped.astype(jnp.int32),
+        escaped=step.escaped,
     )
-    history = _record(state.history, entries, state.iteration)
+    record = record_step(state.record, entries, state.iteration)
     counts = state.counters
     counters = Counters(
         counts.objective + search.trials,
@@ -163,7 +169,7 @@ def _iterate(problem, state, first_kkt, options, preconditioner) -> _State:
         key,
         iteration,
         status.astype(jnp.int32),
-        _record_point(history, new, iteration),
+        _record_point(record, new, iteration),
         counters,
     )
 
@@ -259,35 +265,11 @@ def _first(cases) -> jax.Array:
     return status
 
 
-_INTEGERS = ("inner_steps", "escaped")
-
-
-def _empty_history(options: SolveOptions, dtype: Any) -> History:
-    shape = (options.max_iterations + 1,)
-    return History(
-        *(
-            jnp.full(shape, -1, jnp.int32)
-            if name in _INTEGERS
-            else jnp.full(shape, jnp.nan, dtype)
-            for name in History._fields
-        )
-    )
-
-
-def _record(history: History, entries: dict[str, jax.Array], row: Any) -> History:
-    return history._replace(
-        **{
-            name: getattr(history, name).at[row].set(value)
-            for name, value in entries.items()
-        }
-    )
-
-
-def _record_point(history: History, point: _Point, row: Any) -> History:
+def _record_point(record: jax.Array, point: _Point, row: Any) -> jax.Array:
     entries = dict(
         kkt_residual=point.kkt,
         objective=point.objective,
         constraint_norm=jnp.linalg.norm(point.constraint),
         jacobian_eigenvalue=point.eigenvalue,
     )
-    return _record(history, entries, row)
+    return record_iterate(record, entries, row)
