@@ -122,12 +122,13 @@ def main() -> int:
                 print(f"{kind}, grid {grid}: {done.stderr.strip().splitlines()[-1:]}")
                 continue
             rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+            _save(args.out, rows)
             print(f"{kind}, grid {grid}: {rows[-1]['solve_s']:.3g} s", flush=True)
     console.print(_table(rows))
     goals = _judge(rows)
     for goal in goals:
         console.print(str(goal))
-    _save(args.out, rows)
+    print(f"wrote {args.out}")
     return 0 if goals and all(goal.met for goal in goals) else 1
 
 
@@ -174,7 +175,6 @@ def _save(path: pathlib.Path, rows: list[dict]) -> None:
     part = path.with_name(path.name + ".tmp")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(path)
-    print(f"wrote {path}")
 
 
 def _parse() -> argparse.Namespace:
