@@ -71,11 +71,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
     """
     folder = make_folder(config)
     show = _demo_show.Show(folder)
-    rows = list(
-        data.arithmetic_rows(
-            "test", count=4 * config.eval_problems, seed=config.seed + 1
-        )
-    )
+    rows = held_out(config)
     with show.phase("tokenizer"):
         tokenizer = make_tokenizer(config, folder / "tokenizer")
         show.tokenizer(tokenizer, rows[0])
@@ -128,6 +124,12 @@ def stages(
         ),
         ("grpo", "GRPO", lambda: grpo.run(grpo_config(config, folder))),
     ]
+
+
+def held_out(config: DemoConfig) -> list[dict[str, Any]]:
+    """Problems that every model answers, the grades in turn."""
+    count, seed = 4 * config.eval_problems, config.seed + 1
+    return list(data.arithmetic_rows("test", count=count, seed=seed))
 
 
 def make_folder(config: DemoConfig) -> pathlib.Path:

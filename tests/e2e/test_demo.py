@@ -1,4 +1,4 @@
-"""`jaxpost demo` at toy size: all its parts, in seconds; not its accuracy."""
+"""`jaxpost demo` at toy size: its configs and data; slow, all of it."""
 
 import dataclasses
 import json
@@ -36,9 +36,18 @@ def finished(tmp_path_factory):
     return demo.run_demo(dataclasses.replace(TOY, run_root=str(root)))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run folder with a tokenizer only."""
+    found = tmp_path_factory.mktemp("prepared")
+    demo.make_tokenizer(TOY, found / "tokenizer")
+    return found
+
+
 MODELS = ["base", "sft", "self_rewarding_ppo", "grpo"]
 
 
+@pytest.mark.slow
 def test_run_folder_is_complete(finished):
     for run in MODELS:
         for name in ("config.yaml", "environment.json", "metrics.jsonl", "checkpoints"):
@@ -56,6 +65,7 @@ def test_run_folder_is_complete(finished):
     assert len(lines) == 2 * len(MODELS) * 4 * TOY.eval_problems
 
 
+@pytest.mark.slow
 def test_the_figure_shows_models_and_courses(finished):
     text = (finished.folder / "demo.svg").read_text()
     for name in ("base", "SFT", "Self-Rewarding PPO", "GRPO"):
@@ -63,6 +73,7 @@ def test_the_figure_shows_models_and_courses(finished):
     assert text.count("<path") > 16  # a bar for each model and grade, and the courses
 
 
+@pytest.mark.slow
 def test_the_last_two_go_on_from_the_fine_tuned_model_without_answers(finished):
     """Self-Rewarding PPO is given no reward, GRPO right or wrong; of one grade."""
     for run in MODELS[2:]:
@@ -80,6 +91,7 @@ def test_the_last_two_go_on_from_the_fine_tuned_model_without_answers(finished):
     assert first["kl/sft"] == pytest.approx(0.0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_base_and_fine_tuning_learn(finished):
     for run in ("base", "sft"):
         losses = list(demo.eval_losses(finished.folder / run).values())
@@ -87,17 +99,17 @@ def test_base_and_fine_tuning_learn(finished):
     assert list(finished.base_losses) == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_base_never_sees_a_worked_answer(finished):
-    config = demo.base_config(TOY, finished.folder)
+def test_base_never_sees_a_worked_answer(folder):
+    config = demo.base_config(TOY, folder)
     for row in data.load_rows(config.data.train):
         assert set(row.columns) == {"text"}
         assert "=" not in row.columns["text"]
         assert "#" not in row.columns["text"]
 
 
-def test_fine_tuning_trains_only_on_answers(finished):
-    config = demo.sft_config(TOY, finished.folder)
-    tokenizer = data.load_tokenizer(finished.folder / "tokenizer")
+def test_fine_tuning_trains_only_on_answers(folder):
+    config = demo.sft_config(TOY, folder)
+    tokenizer = data.load_tokenizer(folder / "tokenizer")
     row = next(iter(data.load_rows(config.data.train)))
     example = data.encode_row(row, tokenizer, max_length=TOY.max_length)
     trained = example.tokens[example.loss_mask].tolist()
@@ -105,13 +117,14 @@ def test_fine_tuning_trains_only_on_answers(finished):
     assert tokenizer.decode(trained[:-1]) == row.columns["completion"]
 
 
-def test_every_problem_fits(finished):
-    tokenizer = data.load_tokenizer(finished.folder / "tokenizer")
+def test_every_problem_fits(folder):
+    tokenizer = data.load_tokenizer(folder / "tokenizer")
     for row in data.arithmetic_rows("train", count=400, seed=9, grades=4):
         text = row["prompt"] + row["completion"]
         assert len(tokenizer.encode(text)) + 2 <= demo.DemoConfig().max_length
 
 
+@pytest.mark.slow
 def test_export_reloads(finished):
     assert finished.same_completion
     assert finished.largest_logit_difference < 1e-5
@@ -120,17 +133,18 @@ def test_export_reloads(finished):
     assert model.param_count() > 0
 
 
-def test_held_out_problems_are_not_trained_on(finished):
-    asked = {item.prompt for item in finished.drawn["grpo"].judged}
+def test_held_out_problems_are_not_trained_on(folder):
+    asked = {row["prompt"] for row in demo.held_out(TOY)}
     for make in (demo.sft_config, demo.grpo_config, demo.self_rewarding_config):
-        config = make(TOY, finished.folder)
+        config = make(TOY, folder)
         rows = data.load_rows(config.data.train)
         assert not asked & {row.columns["prompt"] for row in rows}
 
 
-def test_errors(finished):
+def test_errors(folder):
+    again = dataclasses.replace(TOY, run_root=str(folder.parent), name=folder.name)
     with pytest.raises(FileExistsError, match="choose another --name"):
-        demo.make_folder(dataclasses.replace(TOY, run_root=str(finished.folder.parent)))
+        demo.make_folder(again)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         dataclasses.replace(TOY, steps=0)
     with pytest.raises(ValueError, match="grade must be at most 4, got 5"):
