@@ -1,6 +1,6 @@
 """A contrastive epoch's time and memory by number of edges, and the loss's by nodes.
 
-    .venv/bin/python benchmarks/bench_graph_scale.py   # about 6 minutes
+    .venv/bin/python benchmarks/bench_graph_scale.py
 
 Random graphs of 10^4 to 10^7 directed edges, ten for each node, features and layers 64
 wide, CLNR with 1024 sampled nodes: one whole epoch (two views, forward, backward, Adam)
