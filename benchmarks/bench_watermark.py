@@ -6,9 +6,10 @@
 Vocabulary 32000, batch 16. Processing: logits of one decoding step after another.
 Detecting: 64 texts of 256 random tokens, the model's pass over them not included.
 Decoding: whole steps of the 256 x 4 model with and without the watermark, in turn in
-one process. Ours is SWEET (with entropies), transformers' is WLLM (without). Each row
-is a fresh process per round; rounds are interleaved. For a first look: `--rounds 1
---calls 1`. Writes `benchmarks/results/watermark.json`.
+one process. transformers' processor is WLLM, which needs no entropies; ours is timed as
+that and as SWEET; ours of detecting and decoding is SWEET. Each row is a fresh process
+per round; rounds are interleaved. For a first look: `--rounds 1 --calls 1`. Writes
+`benchmarks/results/watermark.json`.
 """
 
 import argparse
@@ -27,10 +28,14 @@ from _processes import (
 )
 from rich.table import Table
 
-PROCESS, DETECT, DECODE = "jaxpost, process", "jaxpost, detect", "jaxpost, decode"
+PROCESS, SWEET = "jaxpost, process", "jaxpost, process SWEET"
+DETECT, DECODE = "jaxpost, detect", "jaxpost, decode"
 RIVAL_PROCESS, RIVAL_DETECT = "transformers, process", "transformers, detect"
 ENTRIES = (
-    Entry(PROCESS, OWN, "watermark_jaxpost.py", ("--work", "process"), times=5),
+    Entry(
+        PROCESS, OWN, "watermark_jaxpost.py", ("--work=process", "--tau=-1"), times=5
+    ),
+    Entry(SWEET, OWN, "watermark_jaxpost.py", ("--work", "process"), times=5),
     Entry(RIVAL_PROCESS, TORCH, "watermark_transformers.py", ("--work", "process")),
     Entry(DETECT, OWN, "watermark_jaxpost.py", ("--work", "detect"), times=20),
     Entry(RIVAL_DETECT, TORCH, "watermark_transformers.py", ("--work", "detect")),

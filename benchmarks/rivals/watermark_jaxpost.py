@@ -1,6 +1,6 @@
 """jaxpost's watermark: processing, detecting, decoding; prints one JSON line.
 
-Processing and detecting are SWEET, entropies and threshold included; rivals' are WLLM.
+SWEET, entropies and threshold included, but for processing with `--tau -1`: WLLM.
 """
 
 import os
@@ -24,7 +24,11 @@ from jaxpost.generation import watermark
 
 def main() -> None:
     works = {"process": process, "detect": detect, "decode": decode}
-    args = parse(__doc__, work={"choices": tuple(works), "default": "process"})
+    args = parse(
+        __doc__,
+        work={"choices": tuple(works), "default": "process"},
+        tau={"type": float, "default": 0.9},
+    )
     works[args.work](args)
 
 
@@ -32,7 +36,7 @@ def process(args) -> None:
     """One step's logits, one call per step, as a caller outside of our loop has it."""
     sizes = args.sizes
     key = watermark.WatermarkKey(KEY, sizes["vocab"])
-    settings = {"gamma": sizes["gamma"], "delta": sizes["delta"], "tau": 0.9}
+    settings = {"gamma": sizes["gamma"], "delta": sizes["delta"], "tau": args.tau}
     processor = watermark.processor(key, **settings)
 
     @jax.jit
@@ -54,7 +58,8 @@ def process(args) -> None:
         clock.tick()
     changed = float(np.mean(np.asarray(out != raw)))
     made = np.zeros((sizes["batch"], len(columns)), np.int32).ravel()
-    report(args, clock, made, "SWEET, one jitted call per step", changed=changed)
+    method = "SWEET" if args.tau >= 0 else "WLLM"
+    report(args, clock, made, f"{method}, one jitted call per step", changed=changed)
 
 
 def detect(args) -> None:
@@ -86,7 +91,7 @@ def decode(args) -> None:
     model = build_model(sizes, sizes["prompt"] + sizes["new_tokens"])
     tokens = prompts(sizes)
     key = watermark.WatermarkKey(KEY, sizes["vocab"])
-    settings = {"gamma": sizes["gamma"], "delta": sizes["delta"], "tau": 0.9}
+    settings = {"gamma": sizes["gamma"], "delta": sizes["delta"], "tau": args.tau}
     rows = {"plain": (), "marked": (watermark.processor(key, **settings),)}
     sampling = generation.SamplingConfig(
         max_new_tokens=sizes["new_tokens"], temperature=sizes["temperature"]

@@ -5,6 +5,7 @@ breaks where there is but one good token. Without that threshold it is WLLM.
 """
 
 import dataclasses
+import functools
 import math
 import warnings
 from typing import Any
@@ -27,9 +28,9 @@ NO_THRESHOLD = -1.0
 class WatermarkProcessor:
     """A `Processor` that embeds a watermark; made by `watermark_processor`.
 
-    Another key, `gamma`, `delta` or `tau` compiles nothing anew, another vocabulary
-    does. Put it before processors that change logits, or the entropies that it sees
-    will not be those that the detector computes.
+    Another key, `gamma`, `delta` or `tau` compiles nothing anew; another vocabulary, or
+    a change from SWEET to WLLM, does. Put it before processors that change logits, or
+    the entropies that it sees will not be those that the detector computes.
 
     Fields:
         words: the key's, uint32 `[3, 2]`.
@@ -37,6 +38,7 @@ class WatermarkProcessor:
         delta: added to green logits, float32 scalar.
         tau: entropy above which they are raised, nats, float32 scalar.
         vocab_size: ids that can be green; static.
+        selective: whether there is a threshold; WLLM computes no entropy; static.
     """
 
     words: Any
@@ -44,6 +46,7 @@ class WatermarkProcessor:
     delta: Any
     tau: Any
     vocab_size: int = dataclasses.field(metadata={"static": True})
+    selective: bool = dataclasses.field(metadata={"static": True})
 
     def __call__(
         self, logits: jax.Array, state: ProcessorState
@@ -88,6 +91,7 @@ def watermark_processor(
         np.float32(delta),
         np.float32(tau),
         key.vocab_size,
+        selective=tau >= 0.0,
     )
 
 
@@ -158,17 +162,27 @@ def raise_green(
             f"model has logits of {width}: do tokenizer and model belong together?"
         )
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    raised = functools.partial(_raised, processor, logits, prev_ids)
+    if not processor.selective:
+        return raised(jnp.ones(prev_ids.shape, jnp.bool_))
     marked = spread(logits).entropies > processor.tau
-
-    def raised() -> jax.Array:
-        green = green_rows(processor.words, prev_ids, processor.count, vocab_size)
-        green = jnp.pad(green, ((0, 0), (0, width - vocab_size)))
-        bonus = jnp.asarray(processor.delta, logits.dtype)
-        return jnp.where(marked[:, None] & green, logits + bonus, logits)
-
     # Often no row wavers; and a hash fused into what reads the logits would run once
     # for each of its readers.
-    return jax.lax.cond(jnp.any(marked), raised, lambda: logits)
+    return jax.lax.cond(jnp.any(marked), raised, lambda _: logits, marked)
+
+
+def _raised(
+    processor: WatermarkProcessor,
+    logits: jax.Array,
+    prev_ids: jax.Array,
+    marked: jax.Array,
+) -> jax.Array:
+    """Logits with green ones raised in the rows that are `marked`."""
+    width, vocab_size = logits.shape[-1], processor.vocab_size
+    green = green_rows(processor.words, prev_ids, processor.count, vocab_size)
+    green = jnp.pad(green, ((0, 0), (0, width - vocab_size)))
+    bonus = jnp.asarray(processor.delta, logits.dtype)
+    return jnp.where(marked[:, None] & green, logits + bonus, logits)
 
 
 _raise_green = jax.jit(raise_green)

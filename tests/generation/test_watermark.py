@@ -284,7 +284,7 @@ def test_another_key_or_strength_compiles_nothing(marked_texts):
     prompts, rollout, _ = marked_texts
     before = generation.trace_counts()
     other = watermark.WatermarkKey(6, VOCAB)
-    for key, delta, tau in ((other, 4.0, 1.5), (KEY, 2.0, 1.5), (KEY, 4.0, -1.0)):
+    for key, delta, tau in ((other, 4.0, 1.5), (KEY, 2.0, 1.5), (KEY, 4.0, 0.5)):
         processor = watermark.processor(key, gamma=0.5, delta=delta, tau=tau)
         again = generation.generate(
             MODEL,
