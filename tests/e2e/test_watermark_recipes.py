@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxpost import cli, data, models, weights
-from jaxpost.recipes._watermark_key import read_key_file
+from jaxpost.generation import watermark
+from jaxpost.recipes._watermark_key import KeyFile, read_key_file, write_key_file
 from jaxpost.recipes._watermark_texts import encode_text, read_documents, token_pieces
 
 WORDS = [a + b for a in ("ka", "lo", "mi", "su", "te") for b in "bdfgklmnrstv"]
@@ -55,6 +56,10 @@ def place(tmp_path_factory):
         for _ in range(6):
             prompt = " " + " ".join(rng.choice(WORDS, rng.integers(2, 6)))
             file.write(json.dumps({"prompt": prompt}) + "\n")
+    # Not fresh ones, under which a text would now and then go unseen.
+    for name, secret in (("key", 1), ("other", 2)):
+        key = watermark.WatermarkKey(secret, words.vocab_size)
+        write_key_file(folder / f"{name}.json", KeyFile(key, 0.25, 6.0, 1.0))
     assert run(
         "generate",
         folder / "model",
@@ -64,10 +69,6 @@ def place(tmp_path_factory):
         folder / "prompts.jsonl",
         "--output",
         folder / "marked.jsonl",
-        "--delta",
-        "6",
-        "--tau",
-        "1.0",
         "--max-new-tokens",
         NEW,
     )
@@ -87,17 +88,25 @@ def rows_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_key_file_is_its_owners_and_stays(place, capsys):
-    path = place / "key.json"
+def test_a_new_key_file_is_its_owners_and_stays(place, capsys):
+    path = place / "new.json"
+    asked = ("generate", place / "model", "--key", path, "--prompt", " kab")
+    settings = ("--tau", "1.5", "--delta", "2", "--max-new-tokens", "2")
+    assert run(*asked, *settings)
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     keys = read_key_file(path)
-    assert (keys.gamma, keys.delta, keys.tau) == (0.25, 6.0, 1.0)
-    secret = json.loads(path.read_text())["secret"]
+    assert (keys.gamma, keys.delta, keys.tau) == (0.25, 2.0, 1.5)
+    assert not run(*asked, "--tau", "2")
+    assert "has tau 1.5, not 2.0" in capsys.readouterr().err
+    assert read_key_file(path) == keys
+    with pytest.raises(FileExistsError):
+        write_key_file(path, keys)
+
+
+def test_marked_rows_do_not_tell_the_secret(place):
+    secret = json.loads((place / "key.json").read_text())["secret"]
+    assert int(secret, 16) == 1
     assert secret not in (place / "marked.jsonl").read_text()
-    assert not run(
-        "generate", place / "model", "--key", path, "--prompt", "a", "--tau", "2"
-    )
-    assert "has tau 1.0, not 2.0" in capsys.readouterr().err
 
 
 def test_marked_completions_are_found_from_ids_and_from_text(place, capsys):
@@ -139,26 +148,19 @@ def test_without_prompts_and_by_a_surrogate(place, capsys):
         capsys, place, place / "marked.jsonl", "--model", place / "surrogate"
     )
     for found in (blind, other):
-        assert sum(row["verdict"] == "watermarked" for row in found) >= 5
+        # Each scores some other tokens than were marked: weaker, but there.
+        assert np.mean([row["z"] for row in found]) > 4.0
     # The BOS stands before a text without its prompt, so its first token counts too.
     assert {row["tokens"] for row in blind} == {NEW}
 
 
 def test_another_key_finds_nothing_and_is_refused_by_the_record(place, capsys):
-    assert run(
-        "generate",
-        place / "model",
-        *("--key", place / "other.json", "--tau", "1.0", "--prompt", " kab"),
-        *("--max-new-tokens", "2"),
-    )
-    capsys.readouterr()
     words = (place / "marked.jsonl", "--model", place / "model")
     other = ("--key", place / "other.json", "--json")
     assert not run("detect", *words, *other)
     error = capsys.readouterr().err
     assert "marked with key" in error
     assert "--ignore-record" in error
-    # Secrets are fresh in each run: counted once, pairs keep z at its nominal spread.
     assert run("detect", *words, *other, "--ignore-record", "--unique")
     lines = capsys.readouterr().out.splitlines()
     assert all(json.loads(line)["z"] < 4 for line in lines)
