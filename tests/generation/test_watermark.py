@@ -307,15 +307,15 @@ def test_no_strength_or_a_threshold_out_of_reach_changes_no_answer(marked_texts)
             generation.generate(
                 MODEL,
                 PARAMS,
-                prompts[1][None],
-                np.ones((1, len(prompts[1])), bool),
+                np.stack([np.resize(prompt, 6) for prompt in prompts]),
+                np.ones((8, 6), bool),
                 config=CONFIG,
                 processors=processors,
                 key=jax.random.key(1),
             ).tokens
         )
 
-    weak = watermark.processor(KEY, gamma=0.5, delta=0.0, tau=-1.0)
+    weak = watermark.processor(KEY, gamma=0.5, delta=0.0, tau=0.5)
     with pytest.warns(UserWarning, match="nothing is ever marked"):
         never = watermark.processor(KEY, gamma=0.5, delta=9.0, tau=10.0)
     assert np.array_equal(answers(weak), answers())
