@@ -1,5 +1,7 @@
 """The Poisson control problem, with matrices and without."""
 
+import dataclasses
+
 import hock_schittkowski as hs
 import jax
 import jax.numpy as jnp
@@ -100,6 +102,28 @@ def test_hybrid_factorises_where_a_few_steps_are_not_enough():
     assert float(alone.history.inner_residual[0]) < 1e-13
     assert float(helped.history.inner_residual[0]) < 1e-6
     np.testing.assert_allclose(helped.x, alone.x, atol=1e-7)
+
+
+def test_negative_curvature_is_shifted_away_by_the_descent_test():
+    def valley(x, args):  # a ridge at x[1] = 0, the valley's floor at 1
+        return -0.5 * x[1] ** 2 + 0.25 * x[1] ** 4
+
+    def line(x, args):
+        return x[0] - 0.3
+
+    result = solvers.solve(
+        valley,
+        line,
+        jnp.asarray([0.0, 0.2]),
+        options=dataclasses.replace(FREE, hessian_check="descent"),
+        key=jax.random.key(0),
+    )
+    assert int(result.status) == solvers.Status.CONVERGED
+    np.testing.assert_allclose(result.x, [0.3, 1.0], atol=1e-8)
+    shifts = np.asarray(result.history.hessian_shift)[: int(result.iterations)]
+    # 0.1 does not suffice where the curvature is -1 + 3 * 0.2^2.
+    assert shifts[0] == 1.0
+    assert shifts[-1] == 0.0
 
 
 @pytest.mark.slow
