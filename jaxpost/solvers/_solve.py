@@ -15,7 +15,7 @@ from jaxpost.solvers._kkt import (
     is_singular,
     kkt_matrix,
 )
-from jaxpost.solvers._line_search import backtrack
+from jaxpost.solvers._line_search import LineSearch, backtrack
 from jaxpost.solvers._matrix_free import free_system
 from jaxpost.solvers._merit import merit_gradient, merit_value
 from jaxpost.solvers._options import SolveOptions
@@ -70,23 +70,16 @@ def run(
     parts = problem.first_order(x0, multipliers)
     point = _point(problem, x0, multipliers, parts, options)
     first_kkt = point.kkt
+    first = (options.penalty_constraint, options.penalty_gradient, options.delta)
+    none = jnp.zeros((), jnp.int32)
     start = _State(
         point,
-        Adaptive(
-            *(
-                jnp.asarray(value, x0.dtype)
-                for value in (
-                    options.penalty_constraint,
-                    options.penalty_gradient,
-                    options.delta,
-                )
-            )
-        ),
+        Adaptive(*(jnp.asarray(value, x0.dtype) for value in first)),
         key,
-        jnp.zeros((), jnp.int32),
-        _status_at(point, jnp.zeros((), jnp.int32), options),
+        none,
+        _status_at(point, none, options),
         _record_point(empty_record(options.max_iterations, x0.dtype), point, 0),
-        Counters(*(jnp.asarray(count, jnp.int32) for count in (1, 1, 1, 0, 0))),
+        Counters(none + 1, none + 1, none + 1, none, none),
     )
 
     def body(state):
@@ -142,26 +135,21 @@ def _iterate(problem, state, first_kkt, options, preconditioner) -> _State:
     iteration = state.iteration + jnp.where(keep, 0, 1).astype(jnp.int32)
     status = jnp.where(keep, failure, _status_at(new, iteration, options))
 
-    entries = dict(
-        step_size=alpha,
-        merit_before=before,
-        merit_after=jnp.where(keep, before, search.merit),
-        inner_residual=step.residual_norm / point.kkt,
-        hessian_shift=shift,
-        penalty_constraint=penalties[0],
-        penalty_gradient=penalties[1],
-        delta=step.adaptive.delta,
-        inner_steps=step.inner_steps,
-        escaped=step.escaped,
-    )
-    record = record_step(state.record, entries, state.iteration)
-    counts = state.counters
-    counters = Counters(
-        counts.objective + search.trials,
-        counts.gradient + search.trials,
-        counts.jacobian + 1,
-        counts.hessian + 1,
-        counts.inner_steps + step.inner_steps,
+    record = record_step(
+        state.record,
+        dict(
+            step_size=alpha,
+            merit_before=before,
+            merit_after=jnp.where(keep, before, search.merit),
+            inner_residual=step.residual_norm / point.kkt,
+            hessian_shift=shift,
+            penalty_constraint=penalties[0],
+            penalty_gradient=penalties[1],
+            delta=step.adaptive.delta,
+            inner_steps=step.inner_steps,
+            escaped=step.escaped,
+        ),
+        state.iteration,
     )
     return _State(
         new,
@@ -170,7 +158,17 @@ def _iterate(problem, state, first_kkt, options, preconditioner) -> _State:
         iteration,
         status.astype(jnp.int32),
         _record_point(record, new, iteration),
-        counters,
+        _counted(state.counters, search, step),
+    )
+
+
+def _counted(counts: Counters, search: LineSearch, step: Step) -> Counters:
+    return Counters(
+        counts.objective + search.trials,
+        counts.gradient + search.trials,
+        counts.jacobian + 1,
+        counts.hessian + 1,
+        counts.inner_steps + step.inner_steps,
     )
 
 
