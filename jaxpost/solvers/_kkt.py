@@ -12,6 +12,10 @@ import jax.numpy as jnp
 
 from jaxpost.solvers._options import SolveOptions
 
+# Of `eps norm(A) norm(z)`. A product alone is off by about one such unit; a chunk of
+# sketches, each off by its share, comes to rest some tens above.
+ROUNDING = 32.0
+
 
 class NewtonSystem(NamedTuple):
     """What the inner solvers see.
@@ -98,7 +102,7 @@ def dense_system(
     shifted = hessian + shift * jnp.eye(hessian.shape[0], dtype=hessian.dtype)
     matrix = kkt_matrix(shifted, jacobian)
     norm = jnp.linalg.norm(matrix)
-    rounding = 4.0 * jnp.finfo(matrix.dtype).eps * norm
+    rounding = ROUNDING * jnp.finfo(matrix.dtype).eps * norm
     scale, delta_bound = jnp.ones_like(norm), lambda eta1, eta2: jnp.inf * eta2
     if options.accuracy == "theory":
         psi = conditioning(shifted, smallest_eigenvalue(jacobian), options.shift_margin)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxpost.solvers._kkt import NewtonSystem
+from jaxpost.solvers._kkt import ROUNDING, NewtonSystem
 from jaxpost.solvers._minres import run_minres
 from jaxpost.solvers._options import SolveOptions
 from jaxpost.solvers._sketch import Inner
@@ -33,7 +33,7 @@ def free_system(
         matrix=None,
         shift=shift,
         scale=none + 1.0,
-        rounding=4.0 * jnp.finfo(right.dtype).eps * norm,
+        rounding=ROUNDING * jnp.finfo(right.dtype).eps * norm,
         delta_bound=lambda eta1, eta2: jnp.inf * eta2,
     )
 

@@ -112,6 +112,7 @@ def test_start_and_multipliers_do_not_matter(args, key):
         np.testing.assert_array_equal(slope, np.zeros(slope.shape))
 
 
+@pytest.mark.slow
 def test_vmap_over_starts_is_a_loop(key):
     objective, constraint, _, index = hs.problem("hs42")
     starts = jnp.asarray([[1.0] * 4, [2.0, 2.0, 0.5, 0.9], [1.5, 2.0, 1.0, 2.0]])

@@ -16,10 +16,12 @@ def merit_of(name, penalties):
     objective, constraint, _, args = hs.problem(name)
     problem = bind(objective, constraint, args)
 
+    @jax.jit
     def value(x, multipliers):
         parts = problem.first_order(x, multipliers)
         return merit_value(parts, multipliers, penalties)
 
+    @jax.jit
     def gradient(x, multipliers):
         _, constraint, in_x = problem.first_order(x, multipliers)
         products = problem.kkt_products(x, multipliers)
