@@ -7,7 +7,7 @@ import pytest
 
 from jaxpost import ops
 from jaxpost.ops import _linear_chunk
-from jaxpost.ops._linear_sequences import foreseen_sequence_logps
+from jaxpost.ops._linear_sequences import _chunk_sizes, foreseen_sequence_logps
 from jaxpost.typing import Head
 
 ROWS, LENGTH, WIDTH, VOCAB = 5, 7, 6, 11
@@ -114,6 +114,48 @@ def test_what_is_foreseen_is_not_computed_again(monkeypatch):
     (trips, left), (_, left_of_wrong) = seen
     assert trips == left_of_wrong > 0
     assert left == 0
+
+
+def test_chunks_are_about_as_long_as_the_rows_in_them():
+    """Otherwise three rows of 384 tokens would cost as much as three of 512."""
+    columns = 512
+    sizes = _chunk_sizes(columns, 8 * columns)
+    assert 384 in sizes
+    assert max(sizes) == columns
+    for row in range(1, columns + 1):
+        live = columns // row * row  # as many whole rows as fit
+        assert live <= min(size for size in sizes if size >= live) <= live * 5 / 4
+    assert _chunk_sizes(columns, 2 * columns) == (columns,)
+
+
+@pytest.mark.parametrize(("usual", "foreseen"), [(4, True), (3, False)])
+def test_rows_of_up_to_twice_the_usual_chunk_are_foreseen(monkeypatch, usual, foreseen):
+    monkeypatch.setattr(
+        "jaxpost.ops._linear_sequences.default_chunk_size", lambda *_: usual
+    )
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    asked = []
+
+    def watched(logps, reference):
+        asked.append(logps.shape)
+        return foresee(logps, reference)
+
+    hidden, head, targets, ids = problem(dtype=jnp.float32)
+
+    def loss(hidden):
+        found = ops.linear_sequence_logps(
+            hidden,
+            head,
+            targets,
+            ids,
+            2,
+            foresee=watched,
+            operands=(jnp.zeros((ROWS, 2)),),
+        )
+        return jnp.sum(found)
+
+    jax.eval_shape(jax.grad(loss), hidden)
+    assert bool(asked) == foreseen
 
 
 def test_a_loss_without_slope_is_foreseen_too():
