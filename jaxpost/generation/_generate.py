@@ -13,7 +13,13 @@ from jaxpost.generation._config import (
     SamplingConfig,
     split_config,
 )
-from jaxpost.generation._decode import DecodeState, Functions, decode, prefill
+from jaxpost.generation._decode import (
+    DecodeState,
+    Functions,
+    decode,
+    for_decoding,
+    prefill,
+)
 from jaxpost.generation._processors import Processor, ProcessorPlan
 from jaxpost.typing import DecodeFns, Params
 
@@ -170,7 +176,7 @@ def start(
             f"{sequence_ids.dtype} {sequence_ids.shape}."
         )
     rows = bucket_length(batch, minimum=1) - batch
-    functions = Functions.of(fns)
+    functions, params = Functions.of(fns), for_decoding(fns, params)
     dtype = None if config.cache_dtype is None else jnp.dtype(config.cache_dtype)
     state = prefill(
         functions,
