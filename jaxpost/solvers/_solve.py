@@ -29,9 +29,9 @@ from jaxpost.solvers._record import (
 from jaxpost.solvers._result import Counters, SolveResult
 from jaxpost.solvers._status import Status
 
-# (x, multipliers) -> (v -> P^-1 v) on `[n + m]`
 _MOST_SHIFTS = 12  # the last is 1e10 times the first
 
+# (x, multipliers) -> (v -> P^-1 v) on `[n + m]`
 Preconditioner = Callable[[jax.Array, jax.Array], Callable[[jax.Array], jax.Array]]
 
 
