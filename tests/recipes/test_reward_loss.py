@@ -295,8 +295,10 @@ def test_joined_answers_give_the_same():
     batch = batch_of(pairs(5))
     joined = data.join_answers(batch, 64)
     assert joined["tokens"].ndim == 2
+    # Plain weights: the doubled ones amplify rounding in attention.
+    params = models.build(CONFIG, jax.random.key(0)).params
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6),
-        value_and_grad(loss_of("r3m", centering=0.1), model().params, joined),
-        value_and_grad(loss_of("r3m", centering=0.1), model().params, batch),
+        value_and_grad(loss_of("r3m", centering=0.1), params, joined),
+        value_and_grad(loss_of("r3m", centering=0.1), params, batch),
     )
