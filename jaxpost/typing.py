@@ -146,11 +146,7 @@ class ApplyFn(Protocol):
 
 
 class DecodeFns(Protocol):
-    """What the sampler needs of a model; a `models.Model` has it.
-
-    It may also have `for_decoding(params) -> params`, called once before a loop of
-    decoding steps on one device: parameters that `apply` reads faster.
-    """
+    """What the sampler needs of a model; a `models.Model` has it."""
 
     @property
     def apply(self) -> ApplyFn: ...

@@ -71,23 +71,6 @@ class Functions(NamedTuple):
         return jax.tree.unflatten(self.structure, self.leaves)
 
 
-def for_decoding(fns: DecodeFns, params: Params) -> Params:
-    """Parameters as the model wants them in a loop, if it says so; on one device."""
-    arrange = getattr(fns, "for_decoding", None)
-    if arrange is None or mesh_of(params) is not None:
-        return params
-    return arrange(params)
-
-
-def mesh_of(params: Params) -> jax.sharding.Mesh | None:
-    """The mesh that the parameters are on, if they are on several devices."""
-    for leaf in jax.tree.leaves(params):
-        where = getattr(leaf, "sharding", None)
-        if isinstance(where, jax.sharding.NamedSharding) and where.mesh.size > 1:
-            return where.mesh  # pyright: ignore[reportReturnType]
-    return None
-
-
 class DecodeState(NamedTuple):
     """Everything between two decoding steps.
 

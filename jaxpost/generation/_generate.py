@@ -13,13 +13,7 @@ from jaxpost.generation._config import (
     SamplingConfig,
     split_config,
 )
-from jaxpost.generation._decode import (
-    DecodeState,
-    Functions,
-    decode,
-    for_decoding,
-    prefill,
-)
+from jaxpost.generation._decode import DecodeState, Functions, decode, prefill
 from jaxpost.generation._processors import Processor, ProcessorPlan
 from jaxpost.typing import DecodeFns, Params
 
@@ -176,7 +170,7 @@ def start(
             f"{sequence_ids.dtype} {sequence_ids.shape}."
         )
     rows = bucket_length(batch, minimum=1) - batch
-    functions, params = Functions.of(fns), for_decoding(fns, params)
+    functions = Functions.of(fns)
     dtype = None if config.cache_dtype is None else jnp.dtype(config.cache_dtype)
     state = prefill(
         functions,

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxpost.generation._cache_rows import cache_axes
 from jaxpost.generation._config import SamplingConfig, check_count, split_config
-from jaxpost.generation._decode import Functions, for_decoding, mesh_of
+from jaxpost.generation._decode import Functions
 from jaxpost.generation._generate import Rollout, bucket_length
 from jaxpost.generation._processors import Processor
 from jaxpost.generation._server import (
@@ -127,7 +127,7 @@ def generate_stream(
     )
     programs = Programs(
         functions=Functions.of(fns),
-        params=for_decoding(fns, params),
+        params=params,
         plan=plan,
         values=values,
         processors=tuple(processors),
@@ -277,7 +277,9 @@ def _sizes(
 
 def _placement(params: Params) -> Any:
     """Where the state lives: with each device of the parameters, if they are many."""
-    mesh = mesh_of(params)
-    if mesh is None:
-        return None
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    for leaf in jax.tree.leaves(params):
+        where = getattr(leaf, "sharding", None)
+        if isinstance(where, jax.sharding.NamedSharding) and where.mesh.size > 1:
+            whole = jax.sharding.PartitionSpec()
+            return jax.sharding.NamedSharding(where.mesh, whole)
+    return None

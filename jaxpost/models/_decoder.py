@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from jaxpost.parallel import Lookup
-from jaxpost.typing import ModelOutput, Params
+from jaxpost.typing import ModelOutput
 
 from ._cache import KVCache
 from ._config import DecoderConfig
@@ -43,10 +43,8 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
         *,
-        layers: Params,
         lookup: Lookup | None = None,
     ) -> ModelOutput:
-        """See `typing.ApplyFn`; `layers`: a stack of parameters, or a tuple of them."""
         x = self.embed(tokens, lookup)
         if segment_ids is not None:
             # Padding starts at zero, so no bad id or row reaches a gradient through it.
@@ -57,26 +55,12 @@ class Decoder(nnx.Module):
         wide = jnp.promote_types(x.dtype, jnp.float32)
         cos, sin = rope_tables(self.config, positions, wide)
         context = Context(cos, sin, positions, segment_ids)
-        apart = cache is not None and isinstance(cache.k, tuple)
-        if apart or isinstance(layers, tuple):
-            x, cache = self._loop_layers(layers, x, context, cache)
-        else:
-            x, cache = self._scan_layers(layers, x, context, cache)
+        x, cache = self._scan_layers(x, context, cache)
         return ModelOutput(self.final_norm(x), cache, {})
 
-    def _loop_layers(self, layers, x, context, cache):
-        """One after the other, which compiles longer and copies nothing."""
-        graph = nnx.graphdef(self.layers)
-        if not isinstance(layers, tuple):
-            layers = unstack_layers(self.config.num_layers, layers)
-        for layer, params in enumerate(layers):
-            window = self.config.window_of(layer)
-            x, cache = nnx.merge(graph, params)(x, context, window, layer, cache)
-        return x, cache
-
-    def _scan_layers(self, layers, x, context, cache):
+    def _scan_layers(self, x, context, cache):
         config = self.config
-        graph = nnx.graphdef(self.layers)
+        graph, stacked = nnx.split(self.layers)
         numbers = np.arange(config.num_layers, dtype=np.int32)
         windows = [config.window_of(layer) for layer in range(config.num_layers)]
         alike = len(set(windows)) == 1
@@ -93,14 +77,9 @@ class Decoder(nnx.Module):
             return (x, cache), None
 
         (x, cache), _ = jax.lax.scan(
-            _remat(step, config), (x, cache), (layers, numbers, per_layer)
+            _remat(step, config), (x, cache), (stacked, numbers, per_layer)
         )
         return x, cache
-
-
-def unstack_layers(count: int, layers: Params) -> tuple[Params, ...]:
-    """The layers of a stack, one by one."""
-    return tuple(jax.tree.map(lambda leaf, n=n: leaf[n], layers) for n in range(count))
 
 
 def _remat(step, config: DecoderConfig):

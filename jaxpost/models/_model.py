@@ -12,9 +12,9 @@ from flax import nnx
 from jaxpost import parallel
 from jaxpost.typing import ApplyFn, Head, ModelOutput, Params
 
-from ._cache import KVCache, init_cache, layers_apart
+from ._cache import KVCache, init_cache
 from ._config import DecoderConfig
-from ._decoder import Decoder, unstack_layers
+from ._decoder import Decoder
 from ._quantize import is_quantized
 
 
@@ -61,18 +61,8 @@ class Model:
         return Head(weight, bias, softcap=config.final_softcap)
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> KVCache:
-        """An empty cache for `batch` rows of at most `length` positions."""
+        """An empty cache, `[L, batch, K, length, H]` for keys and for values."""
         return init_cache(self.config, batch, length, dtype)
-
-    def for_decoding(self, params: Params) -> Params:
-        """`params` as a loop of decoding steps reads them fastest; `apply` takes both.
-
-        The layers as a tuple, a copy, where the cache keeps them apart too: XLA on CPU
-        would copy the slices of a stack at every step.
-        """
-        if not layers_apart(self.config):
-            return params
-        return {**params, "layers": _unstack(self.config.num_layers, params["layers"])}
 
     def replace(self, *, params: Params) -> "Model":
         """The same model with other parameters."""
@@ -163,9 +153,6 @@ def _split(config: DecoderConfig):
     return nnx.split(abstract)
 
 
-_unstack = jax.jit(unstack_layers, static_argnums=0)
-
-
 @functools.lru_cache(maxsize=64)
 def _apply_of(config: DecoderConfig, lookup: parallel.Lookup | None) -> ApplyFn:
     graph, _ = _split(config)
@@ -178,12 +165,7 @@ def _apply_of(config: DecoderConfig, lookup: parallel.Lookup | None) -> ApplyFn:
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> ModelOutput:
-        layers = params["layers"]
-        if isinstance(layers, tuple):
-            params = {**params, "layers": layers[0]}
         decoder = nnx.merge(graph, params)
-        return decoder(
-            tokens, positions, segment_ids, cache, layers=layers, lookup=lookup
-        )
+        return decoder(tokens, positions, segment_ids, cache, lookup=lookup)
 
     return apply

@@ -4,7 +4,6 @@ This file holds the public function, its masks, the plain implementation and the
 one; `_attention_chunked` holds the implementation whose memory is linear in length.
 """
 
-import functools
 from typing import Literal, get_args
 
 import chex
@@ -99,40 +98,6 @@ def attention(
     allowed = allowed_pairs(
         query_positions, key_positions, query_segments, key_segments, window
     )
-    if implementation == "xla" and query.shape[1] == 1 and _is_cpu():
-        return _one_query(softcap, factor, query, key, value, allowed)
-    return _careful(implementation, query, key, value, allowed, softcap, factor)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _one_query(softcap, scale, query, key, value, allowed):
-    """A decoding step: keys and values are read where they are.
-
-    Copies without what nobody sees would cost more than the products. They are made
-    only if something is not finite, which shows in a score or in a mean.
-    """
-    scores = _scores(query, key, softcap, scale)
-    mixed = _mix(scores, value, allowed, query)
-    finite = jnp.all(jnp.isfinite(scores)) & jnp.all(jnp.isfinite(mixed))
-    return jax.lax.cond(
-        finite,
-        lambda: mixed,
-        lambda: _careful("xla", query, key, value, allowed, softcap, scale),
-    )
-
-
-@_one_query.defjvp
-def _one_query_jvp(softcap, scale, primals, tangents):
-    *arrays, allowed = primals
-
-    def careful(*arrays):
-        return _careful("xla", *arrays, allowed, softcap, scale)
-
-    return jax.jvp(careful, tuple(arrays), tuple(tangents[:3]))
-
-
-def _careful(implementation, query, key, value, allowed, softcap, factor):
-    """Queries that see nothing, and keys that nobody sees, are set to zero."""
     # Zeroed first: a product with an exact zero gradient would still turn NaN.
     seeing = jnp.any(allowed, axis=2)[:, :, None, None]
     seen = jnp.any(allowed, axis=1)[:, :, None, None]
@@ -178,10 +143,6 @@ def _choose(query: jax.Array, key: jax.Array, softcap: float | None) -> Implemen
     return "chunked"
 
 
-def _is_cpu() -> bool:
-    return jax.default_backend() == "cpu"
-
-
 def _has_cudnn() -> bool:
     return (
         jax.default_backend() == "gpu"
@@ -190,43 +151,33 @@ def _has_cudnn() -> bool:
 
 
 def _dense(query, key, value, allowed, softcap, scale):
-    if query.shape[1] > 1:  # a single query sees every key that was not zeroed
-        key, value = poison_keys(key, value)
-    scores = _scores(query, key, softcap, scale)
-    return _mix(scores, value, allowed, query)
-
-
-def _scores(query, key, softcap, scale):
-    """Of each query for each key, `[B, K, N / K, T, S]`."""
     batch, length, heads, width = query.shape
     wide = jnp.promote_types(query.dtype, jnp.float32)
     kv_heads = key.shape[2]
+    if length > 1:  # a single query sees every key that was not zeroed
+        key, value = poison_keys(key, value)
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
     scores = scale * jnp.einsum(
         "btkgh,bskh->bkgts", grouped, key, preferred_element_type=wide
     )
-    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-
-
-def _mix(scores, value, allowed, query):
-    """Means of the values, weighted by the softmax of what is allowed."""
-    batch, kv_heads, groups, length, keys = scores.shape
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     mask = allowed[:, None, None, :, :]
-    scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    scores = jnp.where(mask, scores, jnp.finfo(wide).min)
     peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(scores - peak), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total == 0, jnp.ones_like(total), total)
     # Heads and queries as the rows of one product: this order is ten times as fast on
     # CPU for a single query.
-    weights = weights.reshape(batch, kv_heads, groups * length, keys)
+    weights = weights.reshape(batch, kv_heads, -1, key.shape[1])
     mixed = jnp.einsum(
         "bkrs,bksh->bkrh",
         weights.astype(value.dtype),
         value.swapaxes(1, 2),
-        preferred_element_type=scores.dtype,
+        preferred_element_type=wide,
     )
-    mixed = mixed.reshape(batch, kv_heads, groups, length, -1)
+    mixed = mixed.reshape(batch, kv_heads, heads // kv_heads, length, width)
     mixed = mixed.transpose(0, 3, 1, 2, 4)
     return mixed.reshape(query.shape).astype(query.dtype)
 

@@ -6,17 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpost.models import _cache
-
 LENGTH = 9
-
-
-@pytest.fixture(params=["apart", "stacked"])
-def layers(request, monkeypatch):
-    """How a cache holds its layers."""
-    if request.param == "stacked":
-        monkeypatch.setattr(_cache, "APART_BYTES", 0)
-    return request.param
 
 
 def setup(name, batch=2, length=LENGTH):
@@ -32,13 +22,12 @@ def setup(name, batch=2, length=LENGTH):
 def test_prefill_then_steps_equal_the_full_pass(name):
     model, tokens, positions = setup(name)
     full = model.apply(model.params, tokens, positions).hidden
-    params = model.for_decoding(model.params)
     cache = model.init_cache(2, 13, jnp.float32)
-    output = model.apply(params, tokens[:, :4], positions[:, :4], None, cache)
+    output = model.apply(model.params, tokens[:, :4], positions[:, :4], None, cache)
     found = [output.hidden]
     for t in range(4, LENGTH):
         output = model.apply(
-            params,
+            model.params,
             tokens[:, t : t + 1],
             positions[:, t : t + 1],
             None,
@@ -73,7 +62,7 @@ def test_padding_side_does_not_matter():
             )
 
 
-def test_a_row_can_be_reused_and_a_finished_row_left_alone(layers):
+def test_a_row_can_be_reused_and_a_finished_row_left_alone():
     model, tokens, positions = setup("llama")
     cache = model.init_cache(2, LENGTH, jnp.float32)
     cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
@@ -84,47 +73,20 @@ def test_a_row_can_be_reused_and_a_finished_row_left_alone(layers):
     again = model.apply(model.params, other, positions[:, :4], segments, output.cache)
     alone = model.apply(model.params, other, positions[:, :4]).hidden
     np.testing.assert_allclose(again.hidden[1], alone[1], atol=1e-5)
-    left, before = (
-        [leaf[..., 0, :, :, :] for leaf in jax.tree.leaves(cache)]
-        for cache in (again.cache, output.cache)
-    )
-    jax.tree.map(np.testing.assert_array_equal, left, before)
+    np.testing.assert_array_equal(again.cache.k[:, 0], output.cache.k[:, 0])
+    np.testing.assert_array_equal(again.cache.v[:, 0], output.cache.v[:, 0])
 
 
-def test_cache_shape_and_dtype(layers):
+def test_cache_shape_and_dtype():
     model, tokens, positions = setup("llama")
     cache = model.init_cache(2, 16, jnp.bfloat16)
-    layer = (2, 2, 16, 6)
-    for part in cache:
-        if layers == "apart":
-            assert [leaf.shape for leaf in part] == [layer] * 3
-        else:
-            assert part.shape == (3, *layer)
+    assert cache.k.shape == cache.v.shape == (3, 2, 2, 16, 6)
     output = model.apply(model.params, tokens, positions, None, cache)
-    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(output.cache))
+    assert output.cache.k.dtype == jnp.bfloat16
     assert output.hidden.dtype == jnp.float32
 
 
-def test_layers_apart_are_those_of_the_stack(layers):
-    """Whichever way parameters and cache hold them, four ways in all."""
-    model, tokens, positions = setup("llama")
-    params, cache = model.params, model.init_cache(2, LENGTH)
-    expected = model.apply(params, tokens, positions).hidden
-    one_by_one = {
-        **params,
-        "layers": tuple(
-            jax.tree.map(lambda leaf, n=n: leaf[n], params["layers"]) for n in range(3)
-        ),
-    }
-    for given in (params, one_by_one):
-        found = model.apply(given, tokens, positions, None, cache)
-        np.testing.assert_allclose(found.hidden, expected, atol=1e-6)
-    arranged = model.for_decoding(params)
-    wanted = one_by_one if layers == "apart" else params
-    jax.tree.map(np.testing.assert_array_equal, arranged, wanted)
-
-
-def test_a_decoding_loop_holds_one_cache(layers):
+def test_a_decoding_loop_holds_one_cache():
     """No second cache beside the one carried by the loop, whatever its length."""
     model, _, _ = setup("llama")
     length = 4096
@@ -141,11 +103,8 @@ def test_a_decoding_loop_holds_one_cache(layers):
 
     cache = jax.eval_shape(lambda: model.init_cache(4, length))
     token = jax.ShapeDtypeStruct((4, 1), jnp.int32)
-    params = jax.eval_shape(model.for_decoding, model.params)
-    compiled = jax.jit(decode, donate_argnums=1).lower(params, cache, token)
+    compiled = jax.jit(decode, donate_argnums=1).lower(model.params, cache, token)
     extra = compiled.compile().memory_analysis().temp_size_in_bytes
-    layer = jax.tree.leaves(cache.k)[0].size * 4
-    layer //= 1 if layers == "apart" else 3
-    # Copies of one layer's keys and values, for slots that are not finite; and, from a
-    # stack, those that are read. A second cache would take six more.
-    assert extra < (4 if layers == "apart" else 6) * layer
+    layer = cache.k.size * 4 // cache.k.shape[0]
+    # Reading takes copies of one layer's keys and values, not of the whole cache.
+    assert extra < 3 * layer

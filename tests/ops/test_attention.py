@@ -236,35 +236,6 @@ def test_one_query_equals_the_oracle():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_one_query_is_not_changed_by_what_it_may_not_see():
-    """Slots that hold no number send it the careful way round, to the same result."""
-    arrays = inputs(1, 9)
-    options = {
-        "query_positions": jnp.asarray([[4], [8]], jnp.int32),
-        "key_positions": jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9)),
-        "query_segments": jnp.asarray([[1], [0]], jnp.int32),  # the second sees nothing
-    }
-
-    @jax.jit
-    def with_grads(arrays):
-        out, pull = jax.vjp(lambda *a: ops.attention(*a, **options), *arrays)
-        return out, pull(jnp.ones_like(out))
-
-    expected = with_grads(arrays)
-    chex.assert_tree_all_finite(expected)
-    np.testing.assert_array_equal(expected[0][1], 0.0)
-    np.testing.assert_array_equal(expected[1][1][0, 5:], 0.0)
-    for which in (1, 2):
-        for bad in (jnp.nan, jnp.inf):
-            dirty = list(arrays)
-            dirty[which] = arrays[which].at[0, 5:, 0, 1].set(bad).at[1, 2].set(bad)
-            chex.assert_trees_all_close(with_grads(dirty), expected, atol=1e-6)
-            dirty[which] = arrays[which].at[0, 3, 0, 1].set(bad)
-            seen = with_grads(dirty)[0]
-            assert not np.isfinite(seen[0]).all(), "what sees it must say so"
-            np.testing.assert_array_equal(seen[1], 0.0)
-
-
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_jit_and_vmap(implementation):
     arrays, options = inputs(), packed()
