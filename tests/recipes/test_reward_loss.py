@@ -291,14 +291,26 @@ def test_bad_settings_are_refused():
 
 
 def test_joined_answers_give_the_same():
-    """Both answers behind their prompt in one row: same values, same gradients."""
+    """Both answers behind their prompt in one row: same values, same gradients.
+
+    In float64: rounding in float32 is amplified by the doubled weights.
+    """
     batch = batch_of(pairs(5))
     joined = data.join_answers(batch, 64)
     assert joined["tokens"].ndim == 2
-    # Plain weights: the doubled ones amplify rounding in attention.
-    params = models.build(CONFIG, jax.random.key(0)).params
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), model().params)
+        loss_fn = loss_of("r3m", centering=0.1)
+        found, gradient = value_and_grad(loss_fn, params, joined)
+        expected, wanted = value_and_grad(loss_fn, params, batch)
+        assert jax.tree.leaves(gradient)[0].dtype == jnp.float64
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-10),
+            (found[0], gradient),
+            (expected[0], wanted),
+        )
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6),
-        value_and_grad(loss_of("r3m", centering=0.1), params, joined),
-        value_and_grad(loss_of("r3m", centering=0.1), params, batch),
+        value_and_grad(loss_of("r3m", centering=0.1), model().params, joined)[0],
+        value_and_grad(loss_of("r3m", centering=0.1), model().params, batch)[0],
     )
