@@ -155,6 +155,7 @@ def summary_table(lines: Mapping[str, Sequence[Line]]) -> Any:
 
 
 def number(value: float | None, form: str) -> str:
+    """`format(value, form)`, or a dash where there is none."""
     return "-" if value is None else format(value, form)
 
 

@@ -44,6 +44,7 @@ def against_of(settings: Sequence[dict[str, Any]]) -> str:
 def setting_rows(
     settings: Sequence[dict[str, Any]], quality: str, against: str
 ) -> list[list[str]]:
+    """A head, and a row for each setting: its quality and how well it is detected."""
     names = ["method", "gamma", "delta", "tau", quality]
     names += ["parse_rate"] if quality != "parse_rate" else []
     detected = ["auroc", "tpr@0", "tpr@0.01", TPR]
@@ -53,11 +54,13 @@ def setting_rows(
 
 
 def robustness_rows(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A head, and a row for each method and edit: how well it is still detected."""
     names = ["method", "edit", "answers", "mean_z", "auroc", TPR]
     return [names, *([_shown(line.get(name)) for name in names] for line in lines)]
 
 
 def to_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first row is the head."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 

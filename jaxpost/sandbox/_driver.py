@@ -10,6 +10,7 @@ from types import TracebackType
 
 
 def main() -> None:
+    """Runs the program as `__main__` and tells whether it came to its end."""
     path, mark = sys.argv[1:]
     sys.argv[:] = [path]
     os.set_inheritable(3, False)
