@@ -4,9 +4,10 @@ python benchmarks/claims/clnr.py [--seeds N] [--folder DIR] [--only NAME]
 
 Runs the recipe of configs/clnr/cora.yaml (CLNR as published), the same without
 standardisation (nCLNR), and GRACE from the same seeds, and compares them seed by seed.
-Keeps benchmarks/claims/results/clnr.json and clnr.md. A method whose run folder is
-complete is read instead of run again, one that was stopped goes on. With --only, the
-others are shown as far as their run folders are complete.
+Keeps benchmarks/claims/results/clnr.json, with every seed's accuracies, and clnr.md. A
+method whose run folder is complete is read instead of run again, one that was stopped
+goes on. With --only, the others are read from their run folders as far as these are
+complete, or from clnr.json as it was.
 """
 
 import argparse
@@ -128,19 +129,29 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args(arguments)
     results = {}
+    before = earlier(args.out / "clnr.json")
     for name in METHODS:
         asked = not args.only or name in args.only
         if asked or (folder_of(name, args.folder) / "results.json").is_file():
             seeds = min(args.seeds, FEWER_SEEDS.get(name, args.seeds))
             results[name] = run_method(name, args.folder, seeds)
+        elif name in before:
+            results[name] = before[name]
     rows = compare(results)
     text = table(rows)
     sys.stdout.write(text)
     args.out.mkdir(parents=True, exist_ok=True)
-    content = {"seeds": args.seeds, "rows": rows, "by_seed": results}
+    content = {"rows": rows, "by_seed": results}
     (args.out / "clnr.json").write_text(json.dumps(content, indent=1) + "\n")
     (args.out / "clnr.md").write_text(text)
     return 0
+
+
+def earlier(file: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Accuracies by seed of methods run before, by name."""
+    if not file.is_file():
+        return {}
+    return json.loads(file.read_text("utf-8"))["by_seed"]
 
 
 if __name__ == "__main__":

@@ -72,6 +72,13 @@ class Plan(NamedTuple):
             x, self.take(x, chunk) + update, self.start(chunk), 0
         )
 
+    def put(self, x: jax.Array, chunk: jax.Array, rows: jax.Array) -> jax.Array:
+        """`x` with other rows in this chunk, which those of the one before survive."""
+        if self.chunks * self.size != self.nodes:
+            mine = self.mine(chunk, jnp.bool_)[:, None]
+            rows = jnp.where(mine, rows, self.take(x, chunk))
+        return jax.lax.dynamic_update_slice_in_dim(x, rows, self.start(chunk), 0)
+
     def start(self, chunk: jax.Array) -> jax.Array:
         return jnp.minimum(chunk * self.size, self.nodes - self.size)
 
@@ -260,11 +267,7 @@ def _backward(settings, residuals, cotangent):
         grads = _grad_family(
             plan, family, views, temperature, logs, half, slopes, grads, kept
         )
-    lengths = cotangent / temperature
-    return tuple(
-        _through_length(view, other, grad, lengths)
-        for view, other, grad in zip(views, views[::-1], grads, strict=True)
-    )
+    return _through_lengths(plan, views, grads, cotangent / temperature)
 
 
 def _grad_family(plan, family, views, temperature, logs, half, slopes, grads, kept):
@@ -299,10 +302,29 @@ def _grad_family(plan, family, views, temperature, logs, half, slopes, grads, ke
     return grads
 
 
-def _through_length(view: View, other: View, grad: jax.Array, lengths: jax.Array):
+def _through_lengths(plan, views, grads, slopes):
+    """From gradients of rows of length one to those of the rows, chunk by chunk.
+
+    In place: whole arrays here would be two more of each gradient's size.
+    """
+
+    def step(grads, chunk):
+        held = [View(*(plan.take(x, chunk) for x in view)) for view in views]
+        own = plan.take(slopes, chunk)
+        grads = tuple(
+            plan.put(grad, chunk, _through_length(*pair, plan.take(grad, chunk), own))
+            for pair, grad in zip((held, held[::-1]), grads, strict=True)
+        )
+        return grads, None
+
+    chunks = jnp.arange(plan.chunks, dtype=jnp.int32)
+    return jax.lax.scan(step, grads, chunks)[0]
+
+
+def _through_length(view: View, other: View, grad: jax.Array, slopes: jax.Array):
     """From the gradient of the row of length one to that of the row itself."""
     unit = view.z * view.inverse[:, None]
-    grad = grad - lengths[:, None] * (other.z * other.inverse[:, None])  # -s[i, i] / t
+    grad = grad - slopes[:, None] * (other.z * other.inverse[:, None])  # -s[i, i] / t
     along = jnp.sum(grad * unit, axis=1, keepdims=True)
     scale = jnp.where(_has_direction(view.inverse), view.inverse, 0.0)
     return scale[:, None] * (grad - along * unit)

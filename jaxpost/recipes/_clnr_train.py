@@ -22,10 +22,11 @@ def train(
     plan: graphs.GraphPlan,
     *,
     keys: jax.Array,
+    encoders: int = 1,
     folder: training.RunFolder,
     resume: bool = False,
 ) -> graphs.ContrastiveState:
-    """States of all seeds after the last epoch, first axis the seeds.
+    """States of all encoders of all seeds after the last epoch, `[S * M]`.
 
     Epochs run in blocks of `section.log_every`, each one program over all seeds;
     after each the losses are checked and logged, and a checkpoint saved if it is due.
@@ -35,7 +36,8 @@ def train(
         section: a `GraphTrainSection`.
         graph: the whole graph.
         plan: `graphs.plan_for(method, graph)`.
-        keys: of the seeds, `[S]`.
+        keys: of the encoders, `[S * M]`.
+        encoders: M, of a seed.
         folder: where metrics and checkpoints go.
         resume: go on from its newest checkpoint.
 
@@ -63,7 +65,7 @@ def train(
                 count = min(section.log_every, section.epochs - start)
                 states, metrics = block(states, graph, plan, epochs=count)
                 values = jax.tree.map(np.asarray, metrics)
-                line = _log(folder, start, values)
+                line = _log(folder, start, values, encoders)
                 start += count
                 shown.update(start, line)
                 last = start == section.epochs
@@ -90,14 +92,17 @@ def _block_of_epochs(method, tx, at_once, seeds) -> Callable[..., Any]:
     return block
 
 
-def _log(folder: training.RunFolder, start: int, metrics: dict[str, Any]) -> dict:
+def _log(
+    folder: training.RunFolder, start: int, metrics: dict[str, Any], encoders: int
+) -> dict:
     """A line per epoch: means over the seeds; returns the last one."""
-    values = metrics["loss"]  # [S, epochs]
+    values = metrics["loss"]  # [S * M, epochs]
     if not np.isfinite(values).all():
         at = int(np.argmax(~np.isfinite(values).all(axis=0)))
-        seed = int(np.argmax(~np.isfinite(values[:, at])))
+        which = int(np.argmax(~np.isfinite(values[:, at])))
+        seed = which // encoders
         raise FloatingPointError(
-            f"loss is {values[seed, at]} at step {start + at + 1} of seed {seed}: "
+            f"loss is {values[which, at]} at step {start + at + 1} of seed {seed}: "
             "lower train.learning_rate, or raise objective.temperature."
         )
     line: dict[str, Any] = {}
@@ -116,9 +121,9 @@ class Judged(NamedTuple):
     Fields:
         probe: of the linear probe, or None without labels.
         alignment, uniformity: of two fresh views' projections, on validation nodes
-            (all nodes without a split), `[S]`.
+            (all nodes without a split), mean over a seed's encoders, `[S]`.
         constant: names of embedding columns that are the same for all nodes, by seed.
-        first: embeddings of the first seed, `[N, D]`.
+        first: embeddings of the first seed, `[N, M * D]`.
     """
 
     probe: evaluation.ProbeResult | None
@@ -132,7 +137,8 @@ def judge(config, data, plan, params, masks) -> Judged:
     """Embeds, probes and diagnoses all seeds, as many at once as memory allows."""
     embed = jax.jit(functools.partial(embed_seeds, config))
     diagnose = jax.jit(functools.partial(_diagnose, config.method()))
-    width = config.encoder.widths[-1]
+    many = config.encoders
+    width = config.encoder.widths[-1] * many
     group = max(1, PROBED_BYTES // (data.node_count * width * 4))
     keys = config.keys()
     probes, first, constant = [], None, []
@@ -142,20 +148,21 @@ def judge(config, data, plan, params, masks) -> Judged:
         rows = np.nonzero(np.atleast_2d(masks[1])[0])[0]
     for start in range(0, config.seeds, group):
         part = slice(start, start + group)
-        some = jax.tree.map(lambda leaf, part=part: leaf[part], params)
+        own = slice(start * many, (start + group) * many)
+        some = jax.tree.map(lambda leaf, own=own: leaf[own], params)
         embeddings = embed(some, data.graph, plan)
         flat = np.asarray(jax.vmap(losses.constant_columns)(embeddings))
         constant += [np.nonzero(columns)[0].tolist() for columns in flat]
         first = embeddings[0] if first is None else first
-        aligned, uniform = diagnose(some, data.graph, plan, rows, keys[part])
-        alignments.append(np.asarray(aligned))
-        uniformities.append(np.asarray(uniform))
+        aligned, uniform = diagnose(some, data.graph, plan, rows, keys[own])
+        alignments.append(np.asarray(aligned).reshape(-1, many).mean(axis=1))
+        uniformities.append(np.asarray(uniform).reshape(-1, many).mean(axis=1))
         if masks is not None:
-            own = [mask if mask.ndim == 1 else mask[part] for mask in masks]
+            split = [mask if mask.ndim == 1 else mask[part] for mask in masks]
             key = jax.random.fold_in(jax.random.key(config.seed), start)
             probes.append(
                 evaluation.linear_probe(
-                    embeddings, data.labels, tuple(own), config=config.probe, key=key
+                    embeddings, data.labels, tuple(split), config=config.probe, key=key
                 )
             )
     probe = jax.tree.map(lambda *x: np.concatenate(x), *probes) if probes else None
@@ -170,7 +177,7 @@ def judge(config, data, plan, params, masks) -> Judged:
 
 
 def embed_seeds(config, params, graph, plan) -> jax.Array:
-    """Embeddings `[S, N, D]` of the graph as it is, smoothed if asked for."""
+    """Embeddings `[S, N, M * D]` of the graph as it is, smoothed if asked for."""
 
     def one(own):
         u = graphs.embed(config.method(), own, graph, plan)
@@ -184,11 +191,14 @@ def embed_seeds(config, params, graph, plan) -> jax.Array:
             plan=plan,
         )
 
-    return jax.lax.map(one, params)
+    found = jax.lax.map(one, params)  # [S * M, N, D]
+    nodes = found.shape[1]
+    by_seed = found.reshape(-1, config.encoders, *found.shape[1:])
+    return by_seed.swapaxes(1, 2).reshape(by_seed.shape[0], nodes, -1)
 
 
 def _diagnose(method, params, graph, plan, rows, keys):
-    """Alignment and uniformity `[S]` on fresh views, as the paper measures them."""
+    """Alignment and uniformity `[S * M]` on fresh views, as the paper measures them."""
     width = graphs.features_of(graph).shape[1]
 
     def one(own_and_key):

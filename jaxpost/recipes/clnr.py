@@ -122,6 +122,8 @@ class CLNRConfig:
         run_root: Folder of the run folders.
         seed: Of everything that is drawn.
         seeds: Independent repetitions, each with parameters and draws of its own.
+        encoders: Trained for each seed, independently; their embeddings stand side by
+            side.
         dataset: `builtin`, a `.npz` file, or the name of one, such as `cora`.
         data: How it is read and split.
         encoder: From features and edges to embeddings.
@@ -138,6 +140,7 @@ class CLNRConfig:
     run_root: str = "runs"
     seed: int = 0
     seeds: int = 1
+    encoders: int = 1
     dataset: str = "builtin"
     data: GraphDataSection = GraphDataSection()
     encoder: graphs.EncoderConfig = graphs.EncoderConfig()
@@ -149,8 +152,11 @@ class CLNRConfig:
     probe: evaluation.ProbeConfig = evaluation.ProbeConfig()
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}.")
+        for name in ("seeds", "encoders"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}."
+                )
 
     def method(self) -> graphs.ContrastiveConfig:
         return graphs.ContrastiveConfig(
@@ -158,9 +164,10 @@ class CLNRConfig:
         )
 
     def keys(self) -> jax.Array:
-        """A key per seed, `[S]`."""
+        """A key per encoder, `[S * M]`; those of a seed follow each other."""
         key = jax.random.key(self.seed)
-        return jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.arange(self.seeds))
+        numbers = jnp.arange(self.seeds * self.encoders)
+        return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
 
 
 class Trained(NamedTuple):
@@ -168,8 +175,8 @@ class Trained(NamedTuple):
 
     Fields:
         data: the data set, features normalised.
-        states: after the last epoch.
-        embeddings: of the first seed, `[N, D]`.
+        states: after the last epoch, of all encoders, `[S * M]`.
+        embeddings: of the first seed, `[N, M * D]`.
         probe: what a linear layer reads from the embeddings; None without labels.
     """
 
@@ -215,6 +222,7 @@ def run(config: CLNRConfig, *, resume: bool = False) -> Trained:
             data.graph,
             plan,
             keys=config.keys(),
+            encoders=config.encoders,
             folder=folder,
             resume=resume,
         )

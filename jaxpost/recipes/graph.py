@@ -115,7 +115,8 @@ def embed(args: EmbedArgs) -> pathlib.Path:
     if args.dataset is not None:
         config = dataclasses.replace(config, dataset=args.dataset)
     data = clnr.load(config)
-    one = jax.tree.map(lambda leaf: leaf[args.index : args.index + 1], states.params)
+    own = slice(args.index * config.encoders, (args.index + 1) * config.encoders)
+    one = jax.tree.map(lambda leaf: leaf[own], states.params)
     plan = graphs.plan_for(config.method(), data.graph)
     rows = _train.embed_seeds(config, one, data.graph, plan)[0]
     path = _report.save_embeddings(args.out, rows, data, dataset=config.dataset)

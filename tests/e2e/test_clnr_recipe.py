@@ -98,6 +98,25 @@ def test_seeds_do_not_depend_on_how_many(finished, tmp_path):
         assert str(held["dataset"]) == "builtin"
 
 
+def test_encoders_of_a_seed_stand_side_by_side(finished, tmp_path):
+    """One seed of two encoders has the parameters of two seeds of one."""
+    assert train(tmp_path, "wide", "--seeds", "1", "--encoders", "2") == 0
+    assert len(json.loads((tmp_path / "wide/results.json").read_text())["clean"]) == 1
+    with np.load(tmp_path / "wide/embeddings.npz") as held:
+        wide = held["embeddings"]
+    assert wide.shape == (300, 16)
+    for index, columns in enumerate((wide[:, :8], wide[:, 8:])):
+        out = tmp_path / f"{index}.npz"
+        words = ["graph", "embed", str(finished), "--index", str(index)]
+        assert cli.main([*words, "--out", str(out)]) == 0
+        with np.load(out) as held:
+            np.testing.assert_allclose(held["embeddings"], columns, rtol=1e-5)
+    out = tmp_path / "whole.npz"
+    assert cli.main(["graph", "embed", str(tmp_path / "wide"), "--out", str(out)]) == 0
+    with np.load(out) as held:
+        np.testing.assert_allclose(held["embeddings"], wide, rtol=1e-5)
+
+
 def test_embed_and_probe(finished, tmp_path, capsys):
     out, plot = tmp_path / "e.npz", tmp_path / "e.svg"
     words = ["graph", "embed", str(finished), "--out", str(out), "--plot", str(plot)]
@@ -174,6 +193,7 @@ def test_random_splits_differ_by_seed():
         (("--train.save-every", "3"), "multiple of log_every"),
         (("--embed.smooth-restart", "2"), "smooth_restart in"),
         (("--seeds", "0"), "seeds must be at least 1"),
+        (("--encoders", "0"), "encoders must be at least 1"),
     ],
 )
 def test_errors_say_what_to_do(tmp_path, capsys, flags, words):
