@@ -34,6 +34,11 @@ from jaxpost.typing import Head, TokenStats
 
 Foresee = Callable[..., jax.Array]
 
+MOST_ROW = 3
+"""A chunk may be so many times the usual one, to hold a whole row: memory for speed."""
+SIZE_STEP = 64
+"""Tokens by which the sizes of chunks differ; rows seldom fill the largest."""
+
 
 def linear_sequence_logps(
     hidden: jax.Array,
@@ -68,7 +73,7 @@ def linear_sequence_logps(
         operands: arrays that `foresee` needs, a tuple; no gradient reaches them, and it
             must not close over traced arrays.
         chunk_size: tokens per chunk; None chooses as `linear_token_logps` does, but up
-            to twice as many where rows would not fit otherwise.
+            to `MOST_ROW` times as many where rows would not fit otherwise.
         token_logps: what computes the log-probs where the gradients are not foreseen;
             on a mesh, from `parallel.split_vocabulary`. If it is given, they never are.
 
@@ -88,7 +93,7 @@ def linear_sequence_logps(
     if chunk_size is None:
         usual = default_chunk_size(head.weight.shape[1], dtype.itemsize)
         width = targets.shape[1]
-        chunk_size = width if usual < width <= 2 * usual else usual
+        chunk_size = width if usual < width <= MOST_ROW * usual else usual
     plain = token_logps is linear_token_logps and jax.device_count() == 1
     # Without `foresee` too: the same arithmetic for a policy and its reference.
     if plain and targets.shape[1] <= chunk_size:
@@ -260,11 +265,15 @@ def _walk(static, packed: _Packed, operands, *, with_grads: bool):
 def _chunk_sizes(columns: int, tokens: int) -> tuple[int, ...]:
     """Sizes that a chunk of whole rows may have, the last one `columns`.
 
-    Rows seldom fill it: those of 384 tokens would leave a quarter of 512 idle.
+    Rows seldom fill it: those of 384 tokens would leave a quarter of 512 idle. At most
+    nine, each a program of its own to compile.
     """
     if tokens <= 2 * columns:  # one chunk, and what is added for one that begins late
         return (columns,)
-    return tuple(sorted({-(-columns * eighths // 8) for eighths in range(4, 9)}))
+    parts = min(max(columns // SIZE_STEP, 8), 16)
+    return tuple(
+        sorted({-(-columns * n // parts) for n in range(-(-parts // 2), parts + 1)})
+    )
 
 
 def _backward(static, saved, logps_bar):
