@@ -1,4 +1,5 @@
-"""SciPy's trust-constr and SLSQP at their best: exact derivatives, compiled by JAX.
+"""SciPy's trust-constr and SLSQP at their best: exact derivatives, compiled by JAX:
+those that our solver computes for itself.
 
 Each asks for the objective and its gradient in one call. trust-constr stops at the
 first iterate whose KKT residual, with its own multipliers, is within the tolerance;
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import scipy.optimize
+
+from jaxpost.solvers._problem import hessian_of, jacobian_of
 
 MAX_ITERATIONS = 3000
 
@@ -39,16 +42,20 @@ class Functions:
         both = jax.value_and_grad(objective)
         self._value = self._compile(both)
         self._constraint = self._compile(constraint)
-        self._jacobian = self._compile(jax.jacrev(constraint))
-        self._hessian = self._compile(jax.hessian(objective))
 
-        def weighted(x, args, weights):
-            return weights @ constraint(x, args)
+        def jacobian(x, args):
+            return jacobian_of(lambda x: constraint(x, args), x)
 
+        def hessian(x, args):
+            return hessian_of(lambda x: objective(x, args), x)
+
+        def curvature(x, args, weights):
+            return hessian_of(lambda x: weights @ constraint(x, args), x)
+
+        self._jacobian = self._compile(jacobian)
+        self._hessian = self._compile(hessian)
         ones = np.ones(self.size)
-        self._curvature = (
-            jax.jit(jax.hessian(weighted)).lower(self.x0, self._args, ones).compile()
-        )
+        self._curvature = jax.jit(curvature).lower(self.x0, self._args, ones).compile()
 
     def _compile(self, function: Callable) -> Callable:
         return jax.jit(function).lower(self.x0, self._args).compile()

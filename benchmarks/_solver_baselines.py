@@ -1,5 +1,6 @@
 """Rivals of the sketched Newton method: l1-SQP with GMRES, its adaptive form, and the
-augmented Lagrangian; compiled as ours are.
+augmented Lagrangian; compiled as ours are, their Jacobians and Hessians computed by the
+same functions as ours.
 
 `min f(x)` subject to `c(x) = 0`; `L = f + lambda . c`, `G` the Jacobian of `c`, `B` the
 Hessian of `L`, shifted as in arXiv 2305.18379 where it is not positive on the null
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jaxpost.solvers._problem import Problem, bind, hessian_of
 
 GUARD = 1e-6  # smallest eigenvalue of G G^T
 SHORTEST = 2.0**-40  # step of the line searches
@@ -43,11 +46,6 @@ class Found(NamedTuple):
     products: jax.Array
 
 
-class Problem(NamedTuple):
-    objective: Callable[[jax.Array], jax.Array]
-    constraint: Callable[[jax.Array], jax.Array]
-
-
 class Local(NamedTuple):
     """What a problem is at an iterate."""
 
@@ -62,7 +60,7 @@ class Local(NamedTuple):
 def local(problem: Problem, x: jax.Array, multipliers: jax.Array) -> Local:
     value, slope = jax.value_and_grad(problem.objective)(x)
     constraint = problem.constraint(x)
-    jacobian = jax.jacrev(problem.constraint)(x)
+    jacobian = problem.jacobian(x)
     gradient = slope + multipliers @ jacobian
     kkt = jnp.sqrt(gradient @ gradient + constraint @ constraint)
     return Local(value, constraint, slope, jacobian, gradient, kkt)
@@ -72,11 +70,7 @@ def shifted_hessian(
     problem: Problem, x: jax.Array, multipliers: jax.Array, jacobian: jax.Array
 ) -> jax.Array:
     """Of the Lagrangian; plus `0.1` and its norm on the diagonal where needed."""
-
-    def lagrangian(x):
-        return problem.objective(x) + multipliers @ problem.constraint(x)
-
-    hessian = jax.hessian(lagrangian)(x)
+    hessian = problem.hessian(x, multipliers)
     m, n = jacobian.shape
     if m == n:
         return hessian
@@ -351,7 +345,7 @@ def augmented_lagrangian(
 
         def body(carry):
             x, now, slope, counts, _ = carry
-            hessian = jax.hessian(value)(x)
+            hessian = hessian_of(value, x)
             least = jnp.linalg.eigvalsh(hessian)[0]
             shift = jnp.where(least < 1e-6, 1.0 - least, 0.0)
             hessian = hessian + shift * jnp.eye(n)
@@ -429,9 +423,7 @@ def compiled(name: str, problem: Any, tolerance: float) -> Callable[[], Found]:
     """A baseline on one of jaxpost's problems, compiled; call it to solve."""
 
     def solve(x0, args, multipliers):
-        bound = Problem(
-            lambda x: problem.objective(x, args), lambda x: problem.constraint(x, args)
-        )
+        bound = bind(problem.objective, problem.constraint, args)
         return BASELINES[name](bound, x0, multipliers, tolerance=tolerance)
 
     inputs = (problem.x0, problem.args, problem.multipliers)

@@ -159,9 +159,12 @@ def _inner_solver(system, options, preconditioner):
 
 def _factorised(system):
     """LU, and one step of refinement; done once, before penalties adapt."""
-    factors = lu_factor(system.matrix)
-    z = lu_solve(factors, system.right)
-    z = z + lu_solve(factors, system.right - system.products(z))
+    inverse = system.inverse
+    if inverse is None:
+        factors = lu_factor(system.matrix)
+        inverse = lambda v: lu_solve(factors, v)  # noqa: E731
+    z = inverse(system.right)
+    z = z + inverse(system.right - system.products(z))
     residual = system.products(z) - system.right
     return lambda inner: inner._replace(z=z, residual=residual)
 

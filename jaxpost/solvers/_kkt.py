@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.linalg import lu_factor, lu_solve
 
 from jaxpost.solvers._options import SolveOptions
 
@@ -24,12 +25,13 @@ class NewtonSystem(NamedTuple):
         products: `v -> A v`, `[n + m]` to the same.
         rows: `S -> S A`, sketch vectors in rows, `[s, n + m]` to the same.
         right: `b`, `[n + m]`.
-        matrix: `A` itself, or None when matrix-free.
+        matrix: `A` itself, or None when it is not formed.
         shift: what was added to the diagonal of the Hessian.
         scale: `norm(A) Psi`, which the theory's accuracy is divided by; 1 for a
             relative accuracy.
         rounding: residual below which rounding hides any gain, relative to `norm(z)`.
         delta_bound: `eta1, eta2 -> delta_trial`.
+        inverse: `v -> A^-1 v` where the structure of `A` gives it, else None.
     """
 
     products: Callable[[jax.Array], jax.Array]
@@ -40,6 +42,7 @@ class NewtonSystem(NamedTuple):
     scale: jax.Array
     rounding: jax.Array
     delta_bound: Callable[[jax.Array, jax.Array], jax.Array]
+    inverse: Callable[[jax.Array], jax.Array] | None = None
 
 
 def kkt_matrix(hessian: jax.Array, jacobian: jax.Array) -> jax.Array:
@@ -120,6 +123,45 @@ def dense_system(
         scale=scale,
         rounding=rounding,
         delta_bound=delta_bound,
+    )
+
+
+def square_system(
+    hessian_products: Callable[[jax.Array], jax.Array],
+    jacobian: jax.Array,
+    right: jax.Array,
+    shift: jax.Array,
+) -> NewtonSystem:
+    """The system of as many constraints as variables, no Hessian formed.
+
+    The constraints alone decide `dx`; its one product with the Hessian gives `dy`.
+    """
+    size = jacobian.shape[0]
+    factors = lu_factor(jacobian)
+
+    def curved(v):
+        return hessian_products(v) + shift * v
+
+    def products(v):
+        in_x = curved(v[:size]) + v[size:] @ jacobian
+        return jnp.concatenate([in_x, jacobian @ v[:size]])
+
+    def inverse(v):
+        step = lu_solve(factors, v[size:])
+        multipliers = lu_solve(factors, v[:size] - curved(step), trans=1)
+        return jnp.concatenate([step, multipliers])
+
+    one = jnp.ones((), right.dtype)
+    return NewtonSystem(
+        products=products,
+        rows=jax.vmap(products),
+        right=right,
+        matrix=None,
+        shift=shift,
+        scale=one,
+        rounding=0.0 * one,  # not asked for by a direct solve
+        delta_bound=lambda eta1, eta2: jnp.inf * eta2,
+        inverse=inverse,
     )
 
 

@@ -25,12 +25,13 @@ class SolveOptions:
     """How `solve` works; the defaults are the fast ones, `published()` the paper's.
 
     Fields (symbol of the paper in brackets):
-        method: what solves the Newton system. `exact` factorises it; `minres` iterates;
-            `hybrid` iterates for a quarter of a factorisation's arithmetic, and then
-            factorises if that was not enough; the others sketch and project: `gaussian`
-            vectors, single rows drawn evenly (`kaczmarz`) or by their squared norm
-            (`kaczmarz_norm`), and blocks of either (`block_gaussian`,
-            `block_kaczmarz`).
+        method: what solves the Newton system. `exact` factorises it (only the Jacobian,
+            and no Hessian is formed, with as many constraints as variables and a
+            relative accuracy); `minres` iterates; `hybrid` iterates for a quarter of a
+            factorisation's arithmetic, and then factorises if that was not enough; the
+            others sketch and project: `gaussian` vectors, single rows drawn evenly
+            (`kaczmarz`) or by their squared norm (`kaczmarz_norm`), and blocks of
+            either (`block_gaussian`, `block_kaczmarz`).
         matrix_free: no matrix is formed; products with it only. Needs a method that
             iterates (`minres`, `gaussian`, `kaczmarz`), `accuracy="relative"`,
             `guard="none"` and a `hessian_check` of `descent` or `none`.

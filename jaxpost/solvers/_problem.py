@@ -14,6 +14,10 @@ Objective = Callable[[jax.Array, Any], jax.Array]
 Constraint = Callable[[jax.Array, Any], jax.Array]
 
 
+TOGETHER = 16
+"""Unit vectors that a derivative is asked for at once: their arrays stay in cache."""
+
+
 class Problem(NamedTuple):
     """Functions of `x` alone; `constraint` always returns `[m]`."""
 
@@ -34,14 +38,17 @@ class Problem(NamedTuple):
 
     def jacobian(self, x: jax.Array) -> jax.Array:
         """`G`, `[m, n]`."""
-        size = jax.eval_shape(self.constraint, x).shape[0]
-        mode = jax.jacrev if 2 * size <= x.shape[0] else jax.jacfwd
-        return mode(self.constraint)(x)
+        return jacobian_of(self.constraint, x)
 
     def hessian(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
         """Of the Lagrangian in `x`, `[n, n]`, symmetric to the last bit."""
-        matrix = jax.jacfwd(jax.grad(self.lagrangian))(x, multipliers)
-        return 0.5 * (matrix + matrix.T)
+        return hessian_of(lambda x: self.lagrangian(x, multipliers), x)
+
+    def hessian_products(
+        self, x: jax.Array, multipliers: jax.Array
+    ) -> Callable[[jax.Array], jax.Array]:
+        """`v -> H v`, `H` the Hessian of the Lagrangian in `x`."""
+        return jax.linearize(lambda x: jax.grad(self.lagrangian)(x, multipliers), x)[1]
 
     def kkt_products(
         self, x: jax.Array, multipliers: jax.Array
@@ -56,6 +63,33 @@ class Problem(NamedTuple):
 
         _, products = jax.linearize(gradient, jnp.concatenate([x, multipliers]))
         return products
+
+
+def jacobian_of(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Of a vector of `x`, `[m, n]`, by rows or by columns, whichever are fewer."""
+    size = jax.eval_shape(function, x).shape[0]
+    if 2 * size <= x.shape[0]:
+        _, pull = jax.vjp(function, x)
+        return _of_units(lambda v: pull(v)[0], size, x.dtype)
+    return _of_units(_pushed(function, x), x.shape[0], x.dtype).T
+
+
+def hessian_of(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Of a scalar of `x`, `[n, n]`, symmetric to the last bit."""
+    matrix = _of_units(_pushed(jax.grad(function), x), x.shape[0], x.dtype)
+    return 0.5 * (matrix + matrix.T)
+
+
+def _pushed(function, x):
+    return lambda v: jax.jvp(function, (x,), (v,))[1]
+
+
+def _of_units(linear: Callable, size: int, dtype: Any) -> jax.Array:
+    """`linear` of every unit vector, in rows: its matrix transposed."""
+    units = jnp.eye(size, dtype=dtype)
+    if size <= TOGETHER:
+        return jax.vmap(linear)(units)
+    return jax.lax.map(linear, units, batch_size=TOGETHER)
 
 
 def bind(objective: Objective, constraint: Constraint, args: Any) -> Problem:

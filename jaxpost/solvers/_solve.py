@@ -14,6 +14,7 @@ from jaxpost.solvers._kkt import (
     hessian_shift,
     is_singular,
     kkt_matrix,
+    square_system,
 )
 from jaxpost.solvers._line_search import LineSearch, backtrack
 from jaxpost.solvers._matrix_free import free_system
@@ -204,8 +205,18 @@ def _newton_system(
         none = jnp.zeros((), right.dtype)
         return lambda s: free_system(products, right, s, size), none, products
     assert point.jacobian is not None
-    hessian = problem.hessian(point.x, point.multipliers)
     jacobian = point.jacobian
+    square = jacobian.shape[0] == size
+    if square and options.method == "exact" and options.accuracy == "relative":
+        curved = problem.hessian_products(point.x, point.multipliers)
+        none = jnp.zeros((), right.dtype)
+        system = square_system(curved, jacobian, right, none)
+        return (
+            lambda shift: square_system(curved, jacobian, right, shift),
+            none,
+            system.products,
+        )
+    hessian = problem.hessian(point.x, point.multipliers)
     whole = kkt_matrix(hessian, jacobian)
     return (
         lambda shift: dense_system(hessian, jacobian, right, shift, options),
