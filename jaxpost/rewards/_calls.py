@@ -179,7 +179,7 @@ class InProcess:
         self._pipe = pipe
         self._end = weakref.finalize(self, _kill, process, pipe)
         pipe.send((sys.path, self._name, self._settings))
-        reply = self._receive(time.monotonic() + START_S)
+        reply = self._receive(time.monotonic() + START_S, START_S)
         if isinstance(reply, Failure):
             self.close()
             raise RewardError(
@@ -199,16 +199,15 @@ class InProcess:
     def finish(self) -> Any:
         if self._unsent is not None:
             return self._unsent
-        return self._receive(self._ends)
+        return self._receive(self._ends, self._deadline_s)
 
-    def _receive(self, ends: float | None) -> Any:
+    def _receive(self, ends: float | None, given_s: float | None) -> Any:
+        """The process's answer, which has `given_s` in all, until `ends`."""
         assert self._pipe is not None
         try:
             if not self._pipe.poll(_left(ends)):
                 self.close()
-                return Failure(
-                    "timeouts", f"no answer within {self._deadline_s:g} s; killed"
-                )
+                return Failure("timeouts", f"no answer within {given_s:g} s; killed")
             kind, value = self._pipe.recv()
         except (EOFError, OSError):
             self.close()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxpost import rewards
+from jaxpost.rewards import _calls
 
 OWN = '''
 import asyncio, os, subprocess, sys, time
@@ -190,6 +191,23 @@ def test_a_hang_ends_in_time_with_all_that_it_started(tmp_path):
         assert ask(scorer).given.all()
         with pytest.warns(RuntimeWarning, match="killed"):
             ask(scorer, ["hang"])
+
+
+@pytest.mark.parametrize("deadline_s", [None, 60.0])
+def test_a_module_that_takes_too_long_to_import_is_named(
+    tmp_path, monkeypatch, deadline_s
+):
+    (tmp_path / "slow_rewards.py").write_text(
+        "import time\ntime.sleep(60.0)\ndef ones(completions): return [1.0]\n"
+    )
+    monkeypatch.setattr(_calls, "START_S", 0.5)
+    slow = rewards.RewardSection("slow_rewards:ones", deadline_s=deadline_s)
+    error = pytest.raises(
+        rewards.RewardError,
+        match=r"'slow_rewards:ones' did not start.*no answer within 0.5 s; killed",
+    )
+    with error, rewards.Scorer([slow]):
+        pass
 
 
 def test_a_regular_expression_that_never_ends_is_killed():
