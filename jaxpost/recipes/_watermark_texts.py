@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -63,8 +64,8 @@ def read_documents(
         limit: texts to read at most.
 
     Raises:
-        ValueError: a row has no text, or ids that are not; there are not as many lists
-            of entropies as texts, or one has another length than its text.
+        ValueError: a row has no text, or ids that are not; the entropies are no lists
+            of numbers, not as many as texts, or one has another length than its text.
         FileNotFoundError: there is no such file or data set.
     """
     found = []
@@ -188,9 +189,7 @@ def _first_difference(encoded: Sequence[int], stored: Sequence[int]) -> int | No
 
 
 def _with_entropies(documents: list[Document], path: str) -> list[Document]:
-    content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    if content and not isinstance(content[0], list):
-        content = [content]
+    content = _read_entropies(path)
     if len(content) != len(documents):
         raise ValueError(
             f"{path} has entropies of {len(content)} texts, not of {len(documents)}."
@@ -208,6 +207,30 @@ def _with_entropies(documents: list[Document], path: str) -> list[Document]:
         whole[document.prompt_length :] = values
         out.append(dataclasses.replace(document, entropies=whole))
     return out
+
+
+def _read_entropies(path: str) -> list[list[float]]:
+    """A list of numbers per text; a single list is one text's."""
+    wanted = f"{path} must be a JSON list of entropies, or a list of such lists, one "
+    wanted += "per text (finite numbers, nats)"
+    try:
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{wanted}, but is not JSON ({error}).") from error
+    if not isinstance(content, list):
+        raise ValueError(f"{wanted}, got {content!r:.40}.")
+    if not any(isinstance(values, list) for values in content):
+        content = [content]
+    for number, values in enumerate(content, start=1):
+        if not isinstance(values, list):
+            raise ValueError(f"{wanted}; text {number} has {values!r:.40} instead.")
+        for place, value in enumerate(values):
+            plain = isinstance(value, int | float) and not isinstance(value, bool)
+            if not plain or not -math.inf < value < math.inf:
+                raise ValueError(
+                    f"{wanted}; token {place} of text {number} has {value!r:.40}."
+                )
+    return content
 
 
 def add_entropies(

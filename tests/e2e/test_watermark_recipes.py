@@ -228,6 +228,36 @@ def test_entropies_may_come_from_a_file(place, capsys):
     assert "59 entropies for the 60 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[0.5,", "is not JSON"),
+        ('{"a": [0.5]}', "got {'a': [0.5]}."),
+        ("3", "got 3."),
+        ("[[0.5], 0.5]", "text 2 has 0.5 instead"),
+        ('[[0.5], ["0.5"]]', "token 0 of text 2 has '0.5'."),
+        ("[0.5, null]", "token 1 of text 1 has None."),
+        ("[[0.5, true]]", "token 1 of text 1 has True."),
+        ("[[[0.5]]]", "token 0 of text 1 has [0.5]."),
+        ("[0.5, NaN]", "token 1 of text 1 has nan."),
+        ("[-Infinity]", "token 0 of text 1 has -inf."),
+        ("[]", "entropies of 1 texts, not of 6"),
+    ],
+)
+def test_entropies_that_are_no_lists_of_numbers(
+    place, tmp_path, capsys, content, message
+):
+    path = tmp_path / "entropies.json"
+    path.write_text(content)
+    given = ("--entropies", path, "--tokenizer", place / "model")
+    words = (place / "marked.jsonl", "--key", place / "key.json", *given)
+    assert not run("detect", *words)
+    error = capsys.readouterr().err
+    assert error.startswith(f"jaxpost: {path} ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_texts_longer_than_the_model_are_read_in_pieces(place, capsys):
     rows = rows_of(place / "marked.jsonl")
     path = place / "long.txt"
