@@ -25,7 +25,8 @@ class GenerateArgs:
         model: Folder or hub name of the model.
         prompt: A prompt; may be given several times.
         prompts: File of prompts (JSONL with a `prompt` or `messages` column).
-        output: JSONL file for the completions; an existing one is continued.
+        output: JSONL file for the completions; an existing one of the same model,
+            prompts and settings is continued.
         tokenizer: Folder or hub name of the tokenizer, if not with the model.
         chat: Render each prompt as a user turn through the chat template.
         max_new_tokens: Longest completion, tokens.

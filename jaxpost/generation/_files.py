@@ -1,4 +1,7 @@
-"""Answers as JSON lines: one per prompt, in the order of the prompts, resumable."""
+"""Answers as JSON lines: one per prompt, in the order of the prompts, resumable.
+
+Knows neither weights nor tokenizers: whoever does says which ones they are.
+"""
 
 import json
 import os
@@ -10,6 +13,7 @@ from typing import Any
 import jax
 
 from jaxpost.generation._config import SamplingConfig
+from jaxpost.generation._file_settings import FileSettings, sampler_settings
 from jaxpost.generation._processors import Processor
 from jaxpost.generation._text import (
     Completion,
@@ -37,6 +41,7 @@ def write_completions(
     batch_size: int = 16,
     processors: Sequence[Processor] = (),
     with_ids: bool = False,
+    settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> TextStats:
     """Answer rows and append one JSON line for each to a file.
@@ -45,6 +50,10 @@ def write_completions(
     process was killed while writing) is removed and answered again. The sequence id of
     a row is its place among all rows, so a resumed file has the answers that an
     uninterrupted one would have.
+
+    What the answers depend on stands beside the file, in `NAME.settings.json`: sampler,
+    key, stop strings, `with_ids`, `settings`, and a digest of the rows. A file of other
+    settings or rows is not continued, but further rows may follow those it is of.
 
     Lines come in the order of the rows: an answer waits for those of the rows before
     it, so killing the process costs those that finished while the oldest one was still
@@ -61,6 +70,8 @@ def write_completions(
             as in `generate_text`.
         with_ids: also write `prompt_ids` and `completion_ids` (those of
             `Completion.tokens`).
+        settings: what else answers depend on, JSON values by name: parameters and
+            processors are not looked at, so put what tells them from others here.
         progress: called after each answer; skipped rows count as done.
 
     Returns:
@@ -68,12 +79,15 @@ def write_completions(
 
     Raises:
         ValueError: two rows share an id, a prompt is missing or not text, or the file
-            holds something else than such lines.
+            holds something else than such lines, or was written with other settings or
+            for other rows (names what differs).
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     numbered = _with_ids(rows)
-    done = _done_ids(path)
+    facts = dict(settings or {}) | sampler_settings(config, key, stop_strings)
+    facts |= {"with_ids": with_ids}
+    done = _open(path, FileSettings(path, facts, numbered))
     todo = [(n, row) for n, row in enumerate(numbered) if row["id"] not in done]
     stats = TextStats(len(numbered) - len(todo), len(numbered), 0, 0, 0, 0.0)
     began = time.perf_counter()
@@ -143,12 +157,22 @@ def _with_ids(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def _done_ids(path: pathlib.Path) -> set[Any]:
-    """Ids in the file, after removing a torn last line."""
-    if not path.exists():
-        return set()
-    done = set()
-    whole = 0  # bytes of complete lines
+def _open(path: pathlib.Path, settings: FileSettings) -> set[Any]:
+    """Ids in the file, after checking its settings and removing a torn last line."""
+    if path.exists() and path.stat().st_size:
+        done, whole = _read_ids(path)
+        settings.check()
+        if whole < path.stat().st_size:
+            os.truncate(path, whole)
+    else:
+        done = set()
+    settings.write()
+    return done
+
+
+def _read_ids(path: pathlib.Path) -> tuple[set[Any], int]:
+    """Ids of the complete lines of a file, and their bytes."""
+    done, whole = set(), 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
@@ -161,6 +185,4 @@ def _done_ids(path: pathlib.Path) -> set[Any]:
                     "another output file, or move this one away."
                 ) from error
             whole += len(line)
-    if whole < path.stat().st_size:
-        os.truncate(path, whole)
-    return done
+    return done, whole

@@ -1,12 +1,13 @@
 """Completions of prompts by a model in Hugging Face layout: `jaxpost generate`."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxpost import data, generation, weights
+from jaxpost import data, generation, models, training, weights
 
 
 def run_generate(
@@ -46,14 +47,17 @@ def run_generate(
         seed: of the sampler.
         dtype: of the weights and the cache.
         processors: change the logits before the draw.
-        columns: put into every line of the file.
+        columns: put into every line of the file; a file is continued with the same
+            ones only, so they are to tell other processors.
         with_ids: put the tokens' ids into the lines too.
 
     Returns:
         Counts and time.
 
     Raises:
-        ValueError: neither prompts nor a file are given, or a prompt cannot be used.
+        ValueError: neither prompts nor a file are given, a prompt cannot be used, or
+            `output` has answers of another model, to other prompts or with other
+            settings (names what differs).
     """
     if not prompt and prompts is None:
         raise ValueError("give --prompt TEXT or --prompts FILE.")
@@ -104,6 +108,13 @@ def run_generate(
                 lines,
                 *model_words,
                 with_ids=with_ids,
+                settings={
+                    **(columns or {}),
+                    **_fingerprints(loaded, words),
+                    "dtype": dtype,
+                    "chat": chat,
+                    "seed": seed,
+                },
                 progress=progress,
                 **common,
             )
@@ -112,6 +123,15 @@ def run_generate(
         f"{stats.tokens_per_s:.0f} tokens/s"
     )
     return stats
+
+
+def _fingerprints(model: models.Model, words: data.Tokenizer) -> dict[str, str]:
+    """What tells a model and a tokenizer from others, by name, wherever they lie."""
+    content = f"{training.fingerprint_params(model.params)}\0{model.config}"
+    return {
+        "model fingerprint": hashlib.sha256(content.encode()).hexdigest()[:16],
+        "tokenizer fingerprint": words.fingerprint()[:16],
+    }
 
 
 def _print(

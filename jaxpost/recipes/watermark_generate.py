@@ -27,8 +27,8 @@ class WatermarkGenerateConfig:
             not exist.
         prompt: A prompt; may be given several times.
         prompts: File of prompts (JSONL with a `prompt` or `messages` column).
-        output: JSONL file for the completions, with their ids; an existing one is
-            continued.
+        output: JSONL file for the completions, with their ids; an existing one of the
+            same model, prompts, settings and key is continued.
         gamma: Fraction of green ids of a new key file (0.25).
         delta: Added to green logits, of a new key file (3).
         tau: Entropy above which they are raised, nats, of a new key file (0.9); -1

@@ -109,6 +109,39 @@ def test_marked_rows_do_not_tell_the_secret(place):
     assert secret not in (place / "marked.jsonl").read_text()
 
 
+def test_a_file_of_another_mark_or_model_is_not_continued(place, tmp_path, capsys):
+    rows = (place / "prompts.jsonl").read_text().splitlines(keepends=True)
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "marked.jsonl"
+    prompts.write_text(rows[0])
+
+    def generate(model="model", key="key", *more) -> bool:
+        flags = ("--prompts", prompts, "--output", out, "--max-new-tokens", 4)
+        words = (place / model, "--key", place / f"{key}.json", *flags)
+        return run("generate", *words, *more)
+
+    assert generate()
+    first = out.read_text()
+    assert generate()  # nothing left to do
+    for words, message in (
+        (("model", "other"), "marked.jsonl was answered with watermark {"),
+        (("surrogate",), "with model fingerprint '"),
+        (("model", "key", "--seed", 1), "with seed 0, not 1"),
+        (("model", "key", "--temperature", 0.5), "with temperature 1.0, not 0.5"),
+    ):
+        assert not generate(*words)
+        assert message in capsys.readouterr().err
+    prompts.write_text(rows[1])
+    assert not generate()
+    assert "is of 1 rows, and the 1 given do not begin with them" in (
+        capsys.readouterr().err
+    )
+    assert out.read_text() == first
+    prompts.write_text("".join(rows[:2]))
+    assert generate()
+    assert out.read_text().startswith(first)
+    assert len(rows_of(out)) == 2
+
+
 def test_marked_completions_are_found_from_ids_and_from_text(place, capsys):
     marked = rows_of(place / "marked.jsonl")
     assert all(len(row["completion_ids"]) == NEW for row in marked)

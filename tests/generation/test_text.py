@@ -1,5 +1,6 @@
 """Text in, text out: stop strings, batches by length, resumable files."""
 
+import dataclasses
 import json
 import types
 
@@ -189,6 +190,7 @@ def test_resumed_file_equals_an_uninterrupted_one(fake, tmp_path):
     write(fake, whole)
     first = whole.read_bytes().splitlines(keepends=True)
     torn.write_bytes(first[0] + first[3] + first[1][:20])  # killed while writing
+    (tmp_path / "whole.settings.json").rename(tmp_path / "torn.settings.json")
     seen = []
     stats = write(fake, torn, progress=seen.append)
     assert (stats.done, stats.total) == (5, 5)
@@ -244,6 +246,54 @@ def test_file_of_another_kind_is_left_alone(fake, tmp_path):
     with pytest.raises(ValueError, match=r"notes\.txt:1 is not a line of completions"):
         write(fake, path)
     assert path.read_text() == "dear diary\n"
+    path.write_text("dear diary")  # no line that was not finished either
+    with pytest.raises(ValueError, match=r"is there, but not notes\.settings\.json"):
+        write(fake, path)
+    assert path.read_text() == "dear diary"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            {"key": jax.random.key(6)},
+            r"with key \[0, 5\], not \[0, 6\]; give that again",
+        ),
+        (
+            {"config": dataclasses.replace(CONFIG, temperature=0.5)},
+            "with temperature 1.0, not 0.5",
+        ),
+        ({"stop_strings": ["q"]}, r"with stop_strings \[\], not \['q'\]"),
+        ({"with_ids": True}, "with with_ids False, not True"),
+        ({"settings": {"model": "b"}}, "with model 'a', not 'b'"),
+        ({"settings": {}}, "with model 'a', not None"),
+        ({"rows": ROWS[::-1]}, "is of 5 rows, and the 5 given do not begin with them"),
+        ({"rows": ROWS[:3]}, "is of 5 rows, and the 3 given do not begin with them"),
+    ],
+)
+def test_a_file_of_other_answers_is_not_continued(fake, tmp_path, change, match):
+    path = tmp_path / "out.jsonl"
+    write(fake, path, settings={"model": "a"})
+    torn = path.read_bytes()[:-30]
+    path.write_bytes(torn)
+    about = (tmp_path / "out.settings.json").read_bytes()
+    with pytest.raises(ValueError, match=f"out.jsonl .*{match}.*another output file"):
+        write(fake, path, **{"settings": {"model": "a"}, **change})
+    assert path.read_bytes() == torn
+    assert (tmp_path / "out.settings.json").read_bytes() == about
+
+
+def test_further_rows_follow_those_that_are_answered(fake, tmp_path):
+    whole, grown = tmp_path / "whole.jsonl", tmp_path / "grown.jsonl"
+    write(fake, whole)
+    write(fake, grown, ROWS[:2])
+    assert write(fake, grown).done == 5
+    ours, theirs = lines(grown), lines(whole)
+    assert list(ours) == list(theirs)
+    for name, row in theirs.items():
+        assert ours[name]["completion"] == row["completion"]
+    with pytest.raises(ValueError, match="is of 5 rows"):
+        write(fake, grown, ROWS[:2])
 
 
 def test_functions_may_come_in_any_object(fake, free):
