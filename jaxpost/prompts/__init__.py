@@ -17,13 +17,19 @@ from jaxpost.prompts._code_edits import (
     edit_items,
     rename_variables,
 )
-from jaxpost.prompts._code_tasks import FUNCTION_ENDS, CodeTask, code_task
+from jaxpost.prompts._code_tasks import (
+    FUNCTION_ENDS,
+    PROGRAM_ENDS,
+    CodeTask,
+    code_task,
+)
 
 __all__ = [
     "CHATML",
     "CHAT_TEMPLATES",
     "FUNCTION_ENDS",
     "PLAIN",
+    "PROGRAM_ENDS",
     "CodeTask",
     "TokenEdit",
     "answers_equal",

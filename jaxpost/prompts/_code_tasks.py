@@ -9,6 +9,8 @@ from typing import Any
 
 # Where an answer ends that is one function: at the next thing without indentation.
 FUNCTION_ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif")
+# Where one ends that is a program and may define more than one function: at its tests.
+PROGRAM_ENDS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/")
 
 
 @dataclasses.dataclass(frozen=True)

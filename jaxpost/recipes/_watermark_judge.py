@@ -1,6 +1,8 @@
 """What is measured of one way to mark: quality, and detection, also after edits."""
 
+import collections
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -71,6 +73,7 @@ class Bench:
         model, tokenizer: that answer and detect.
         tasks: what is asked.
         prompts: their token ids.
+        stop: strings that end an answer.
         key: the watermark's.
         human: answers that people wrote; None without any.
         unmarked: the model's own, set by the first setting.
@@ -81,6 +84,7 @@ class Bench:
     tokenizer: data.Tokenizer
     tasks: list[prompts.CodeTask]
     prompts: list[list[int]]
+    stop: tuple[str, ...]
     key: watermark.WatermarkKey
     human: Texts | None
     unmarked: Texts | None = None
@@ -124,17 +128,17 @@ def _run_tests(
     rows: list[dict[str, Any]],
     progress: Progress,
 ) -> dict[str, Any]:
-    """pass@k of the answers whose tasks have tests; marks their rows."""
+    """pass@k of the answers whose tasks have tests, and how many programs ended in
+    which way; marks their rows."""
     config, samples = bench.config, bench.config.samples
     tested = [place for place, task in enumerate(tasks) if task.tests is not None]
     if not tested:
         return {}
-    results = sandbox.run_many(
+    results = _run_programs(
+        config,
         [tasks[place].program(answers.texts[place]) for place in tested],
-        limits=sandbox.Limits(wall_s=config.wall_s, memory_mb=config.memory_mb),
-        workers=config.workers,
-        unsafe=config.unsafe_sandbox,
-        progress=progress,
+        [f"task {rows[p]['task']}, sample {rows[p]['sample']}" for p in tested],
+        progress,
     )
     for place, result in zip(tested, results, strict=True):
         rows[place] |= {"status": result.status, "detail": result.detail}
@@ -143,7 +147,42 @@ def _run_tests(
     return {
         f"pass@{k}": float(evaluation.pass_at_k(drawn, right.sum(axis=1), k).mean())
         for k in config.k
-    } | {"tested_tasks": len(right)}
+    } | {
+        "tested_tasks": len(right),
+        "statuses": dict(collections.Counter(r.status for r in results).most_common()),
+    }
+
+
+def _run_programs(
+    config: "WatermarkEvalConfig",
+    programs: Sequence[str],
+    names: Sequence[str],
+    progress: Progress,
+) -> list[sandbox.SandboxResult]:
+    """Results of programs; those that the sandbox did not run are tried once more, one
+    at a time.
+
+    Raises:
+        OSError: one was not run then either: it must not count as a wrong answer.
+    """
+    run = functools.partial(
+        sandbox.run_many,
+        limits=sandbox.Limits(wall_s=config.wall_s, memory_mb=config.memory_mb),
+        unsafe=config.unsafe_sandbox,
+    )
+    results = run(programs, workers=config.workers, progress=progress)
+    missing = [place for place, result in enumerate(results) if not result.ran]
+    again = run([programs[place] for place in missing], workers=1)
+    for place, result in zip(missing, again, strict=True):
+        if not result.ran:
+            raise OSError(
+                f"{names[place]}: the sandbox failed twice to run its program "
+                f"({result.status}: {result.detail}), which is no wrong answer; free "
+                "memory and processes of this machine, or lower --workers, and start "
+                "again under another --name."
+            )
+        results[place] = result
+    return results
 
 
 def _detect(

@@ -46,7 +46,7 @@ def setting_rows(
 ) -> list[list[str]]:
     """A head, and a row for each setting: its quality and how well it is detected."""
     names = ["method", "gamma", "delta", "tau", quality]
-    names += ["parse_rate"] if quality != "parse_rate" else []
+    names += ["parse_rate", "statuses"] if quality != "parse_rate" else []
     detected = ["auroc", "tpr@0", "tpr@0.01", TPR]
     names += [f"{name}{against}" for name in detected] + ["mean_z", "scored", "tokens"]
     rows = [[_shown(line.get(name)) for name in names] for line in settings]
@@ -119,6 +119,8 @@ def draw(
 def _shown(value: Any) -> str:
     if value is None:
         return _ABSENT
+    if isinstance(value, dict):
+        return ", ".join(f"{count} {name}" for name, count in value.items())
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -55,8 +56,8 @@ class WatermarkEvalConfig:
         max_new_tokens: Longest answer, tokens.
         temperature: 0 takes the most likely token each time.
         top_p: Keep the smallest set of tokens with this probability.
-        stop: Strings that end an answer; with tasks of one function, what begins
-            something else.
+        stop: Strings that end an answer; if not given, what begins something else
+            after one function, or (MBPP) after a program of several.
         unique: Score only the first of equal pairs of tokens of a text.
         robust_gamma: Strength at which edited answers are detected.
         robust_delta: Likewise; both must be on the grid.
@@ -87,7 +88,7 @@ class WatermarkEvalConfig:
     max_new_tokens: int = 256
     temperature: float = 0.2
     top_p: float | None = 0.95
-    stop: tuple[str, ...] = prompts.FUNCTION_ENDS
+    stop: tuple[str, ...] | None = None
     unique: bool = False
     robust_gamma: float = 0.25
     robust_delta: float = 3.0
@@ -161,7 +162,8 @@ def run_watermark_eval(config: WatermarkEvalConfig) -> dict[str, Any]:
                 robustness += robust(bench, setting, answers)
             progress.advance()
     result = {
-        "config": dataclasses.asdict(config) | {"secret": bench.key.fingerprint},
+        "config": dataclasses.asdict(config)
+        | {"secret": bench.key.fingerprint, "stop": bench.stop},
         "settings": found,
         "robustness": robustness,
     }
@@ -203,6 +205,7 @@ def open_bench(config: WatermarkEvalConfig) -> Bench:
         tokenizer=words,
         tasks=tasks,
         prompts=ids,
+        stop=stop_of(config, tasks),
         key=watermark.WatermarkKey(config.secret, words.vocab_size),
         human=read_texts(model, human) if human else None,
     )
@@ -225,6 +228,25 @@ def read_tasks(config: WatermarkEvalConfig) -> list[prompts.CodeTask]:
     if not tasks:
         raise ValueError(f"{config.tasks} has no tasks.")
     return tasks
+
+
+def stop_of(
+    config: WatermarkEvalConfig, tasks: Sequence[prompts.CodeTask]
+) -> tuple[str, ...]:
+    """Strings that end an answer: those of `config`, or by the kind of the tasks.
+
+    Raises:
+        ValueError: none are given and tasks of both kinds are.
+    """
+    if config.stop is not None:
+        return config.stop
+    kinds = {task.alone for task in tasks}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{config.tasks} has tasks that ask for a program (MBPP's) and tasks that "
+            "ask to complete one: give --stop, or a file of each kind."
+        )
+    return prompts.PROGRAM_ENDS if kinds.pop() else prompts.FUNCTION_ENDS
 
 
 def mark(bench: Bench, setting: Setting) -> Answers:
@@ -251,7 +273,7 @@ def mark(bench: Bench, setting: Setting) -> Answers:
         key=jax.random.key(config.seed),
         processors=processors,
         samples=config.samples,
-        stop_strings=config.stop,
+        stop_strings=bench.stop,
         batch_size=config.batch_size,
     )
 

@@ -10,7 +10,7 @@ from types import TracebackType
 
 
 def main() -> None:
-    """Runs the program as `__main__` and tells whether it came to its end."""
+    """Runs the program as `__main__` and tells that it begins, and how it ends."""
     path, mark = sys.argv[1:]
     sys.argv[:] = [path]
     os.set_inheritable(3, False)
@@ -23,6 +23,7 @@ def main() -> None:
             trace = trace.tb_next  # what is not the program's own
         sys.__excepthook__(kind, error.with_traceback(trace), trace)
 
+    tell("start")
     sys.excepthook = show
     module = type(sys)("__main__")
     module.__file__ = path

@@ -34,10 +34,6 @@ DEVICES = ("null", "zero", "full", "random", "urandom")
 PROGRAM, INPUT, DRIVER = "program.py", "input", "driver.py"
 
 
-class Refused(Exception):
-    """The kernel does not give what containing a program takes."""
-
-
 def main() -> None:
     """Reads a task from standard input, runs it, writes the report to the output."""
     task = json.load(sys.stdin)

@@ -76,6 +76,8 @@ class SandboxResult:
             children that it waited for.
         peak_memory_mb, peak_processes: the most that the watchdog saw.
         isolated: whether it ran in namespaces of its own.
+        ran: whether it is the program that this is about. False if it was refused, or
+            the sandbox failed to start it or lost sight of it: that says nothing of it.
     """
 
     status: Status
@@ -88,6 +90,7 @@ class SandboxResult:
     peak_memory_mb: float = 0.0
     peak_processes: int = 0
     isolated: bool = False
+    ran: bool = True
 
     @property
     def passed(self) -> bool:

@@ -148,7 +148,8 @@ def _run(
             _fill(folder, task)
         report, error = _launch(task, limits.wall_s + _MARGIN_S)
     if report is None:
-        return SandboxResult("killed", f"the launcher did not answer: {error}")
+        detail = f"the launcher did not answer: {error}"
+        return SandboxResult("killed", detail, ran=False)
     if "refused" in report:
         return _refused(report["refused"])
     return _judge(report, mark, limits, must_finish, isolate=isolate)
@@ -165,6 +166,7 @@ def _refused(reason: str) -> SandboxResult:
         f"untrusted code is not run: {reason}. Use a Linux machine that allows "
         "unprivileged namespaces, or run it uncontained (unsafe=True, "
         "--unsafe-sandbox) where losing everything would not matter.",
+        ran=False,
     )
 
 
@@ -237,6 +239,7 @@ def _judge(
         detail=detail,
         exit_code=code if code is not None and code >= 0 else None,
         isolated=isolate,
+        ran=bool(over) or (code is not None and "start" in said),
         **{
             name: report[name]
             for name in (

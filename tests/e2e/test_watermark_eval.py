@@ -12,11 +12,12 @@ from jaxpost import cli, data, evaluation, prompts, sandbox
 from jaxpost.recipes import _watermark_report as report
 from jaxpost.recipes._watermark_answers import parses
 from jaxpost.recipes._watermark_edits import KINDS, RATES, edits
-from jaxpost.recipes._watermark_judge import settings_of
+from jaxpost.recipes._watermark_judge import _run_programs, settings_of
 from jaxpost.recipes.watermark_eval import (
     WatermarkEvalConfig,
     open_bench,
     run_watermark_eval,
+    stop_of,
 )
 
 GAMMA, TOKENS = 0.25, 12
@@ -65,12 +66,16 @@ def test_every_way_to_mark_is_measured(found):
     for line in results["settings"]:
         assert line["pass@1"] == line["pass@2"] == 0.5
         assert line["parse_rate"] == 1.0
+        assert line["statuses"] == {"passed": 2, "failed": 2}
     assert {(row["task"], row["status"]) for row in rows} == {
         ("right", "passed"),
         ("wrong", "failed"),
     }
     assert (folder / "pareto.svg").read_text("utf-8").startswith("<?xml")
-    assert "| wllm | 0.25 | 40 |" in (folder / "table.md").read_text("utf-8")
+    table = (folder / "table.md").read_text("utf-8")
+    assert "| wllm | 0.25 | 40 |" in table
+    assert "| 2 passed, 2 failed |" in table
+    assert results["config"]["stop"] == ["\n"]
 
 
 def test_the_secret_is_not_written(found):
@@ -120,6 +125,48 @@ def test_generated_programs_are_not_run_uncontained(places, monkeypatch):
     with pytest.raises(ValueError, match="untrusted code is not run"):
         run_watermark_eval(config)
     assert not (root / "none").exists()
+
+
+def test_programs_that_the_sandbox_did_not_run_are_tried_again(monkeypatch):
+    lost = sandbox.SandboxResult("killed", "the launcher did not answer", ran=False)
+    calls, failures = [], 1
+
+    def run_many(programs, *, workers, **_):
+        calls.append((list(programs), workers))
+        failed = lost if len(calls) <= failures else sandbox.SandboxResult("passed")
+        return [
+            failed if p == "two" else sandbox.SandboxResult("failed") for p in programs
+        ]
+
+    monkeypatch.setattr(sandbox, "run_many", run_many)
+    config = WatermarkEvalConfig("model", "tasks", workers=3)
+    asked = (config, ["one", "two"], ["task a, sample 0", "task b, sample 0"], None)
+    found = _run_programs(*asked)
+    assert [result.status for result in found] == ["failed", "passed"]
+    assert calls == [(["one", "two"], 3), (["two"], 1)]
+    calls, failures = [], 2
+    with pytest.raises(
+        OSError, match="task b, sample 0: the sandbox failed twice .*did"
+    ):
+        _run_programs(*asked)
+
+
+HUMANEVAL = {"prompt": "def f():", "entry_point": "f", "test": "def check(f): pass"}
+MBPP = {"text": "Return 1.", "test_list": ["assert f() == 1"]}
+
+
+def test_answers_end_where_their_kind_of_task_does():
+    one, several = (prompts.code_task(row) for row in (HUMANEVAL, MBPP))
+    config = WatermarkEvalConfig("model", "tasks")
+    assert stop_of(config, [one, one]) == prompts.FUNCTION_ENDS
+    ends = stop_of(config, [several])
+    helper = "def g():\n    return 1\n\n# uses it\n@cache\ndef f():\n    return g()\n"
+    assert not any(end in helper for end in ends)
+    assert any(end in f"{helper}assert f() == 1" for end in ends)
+    with pytest.raises(ValueError, match="tasks has tasks .* give --stop"):
+        stop_of(config, [one, several])
+    given = dataclasses.replace(config, stop=("END",))
+    assert stop_of(given, [one, several]) == ("END",)
 
 
 def test_answers_must_fit(places):

@@ -40,6 +40,7 @@ def test_how_a_program_ended(program, status, detail):
     assert result.status == status
     assert detail in result.detail
     assert result.isolated
+    assert result.ran
     assert result.passed == (status == "passed")
 
 
@@ -124,6 +125,30 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("report", "detail"),
+    [
+        (None, "the launcher did not answer: nothing for 30 s"),
+        ({}, "the supervisor ended without a report"),
+        (
+            {"status": 127 << 8, "stderr": "sandbox: [Errno 11] again", "said": ""},
+            "sandbox: [Errno 11] again",
+        ),
+    ],
+)
+def test_failures_of_the_sandbox_are_not_the_programs(monkeypatch, report, detail):
+    monkeypatch.setattr(_run, "_launch", lambda *_: (report, "nothing for 30 s"))
+    result = sandbox.run("", limits=LIMITS)
+    assert not result.ran
+    assert result.detail == detail
+
+
+def test_going_over_a_limit_is_the_programs():
+    limits = dataclasses.replace(LIMITS, wall_s=0.5)
+    result = sandbox.run("while True: pass", limits=limits)
+    assert (result.status, result.ran) == ("timeout", True)
+
+
 def test_where_namespaces_are_refused_nothing_is_run(monkeypatch, tmp_path):
     mark = tmp_path / "ran"
     launch = _run._launch
@@ -137,6 +162,7 @@ def test_where_namespaces_are_refused_nothing_is_run(monkeypatch, tmp_path):
     program = f"open({str(mark)!r}, 'w')"
     result = sandbox.run(program, limits=LIMITS)
     assert result.status == "refused"
+    assert not result.ran
     assert "Operation not permitted" in result.detail
     assert "--unsafe-sandbox" in result.detail
     assert not mark.exists()
