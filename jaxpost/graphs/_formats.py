@@ -3,6 +3,7 @@
 import csv
 import os
 import pathlib
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -33,10 +34,10 @@ def load_edge_list(
             a tab; more columns are refused; lines that start with `#` and empty ones
             are skipped.
         nodes: CSV file with a header. Column `node` (or `id`) names the node; `label`,
-            if there, is its class, an integer or any word (classes are then numbered
-            in alphabetical order), empty if it has none; `split`, if there, is train,
-            validation, test or empty. Every other column is a feature. The nodes keep
-            the file's order.
+            if there, is its class, empty or -1 if it has none: integers are taken as
+            they are; if there is any other word, classes are numbered in alphabetical
+            order. `split`, if there, is train, validation, test or empty. Every other
+            column is a feature. The nodes keep the file's order.
         name: of the data set; the edge file's if None.
         repair: drop self-loops and repeated edges, add missing directions; most edge
             lists name an edge once, and need it.
@@ -143,9 +144,12 @@ def _number(word: str, path: pathlib.Path, line: int, column: str) -> float:
 
 
 def _labels_of(words: Sequence[str]) -> np.ndarray:
-    """Classes of words: whole numbers as they are, else numbered alphabetically."""
-    given = sorted({word for word in words if word})
-    if all(word.isdigit() for word in given):
+    """Classes of words: integers as they are, else numbered alphabetically.
+
+    Empty and -1 are no label either way.
+    """
+    given = sorted(set(words) - {"", "-1"})
+    if all(re.fullmatch(r"[+-]?[0-9]+", word) for word in given):
         classes = {word: int(word) for word in given}
     else:
         classes = {word: number for number, word in enumerate(given)}

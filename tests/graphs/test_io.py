@@ -331,6 +331,21 @@ def test_edge_list_with_features(tmp_path):
     assert set(ends) == set(itertools.permutations(range(3), 2))
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("10", "2", "-1", "0", ""), (10, 2, -1, 0, -1)),
+        (("10", "2", "-1", "red", ""), (0, 1, -1, 2, -1)),
+    ],
+)
+def test_labels_of_lists_are_integers_if_all_are(tmp_path, words, expected):
+    rows = [f"{name},1,{word}" for name, word in zip("abcde", words, strict=True)]
+    text = "\n".join(["node,x,label", *rows, ""])
+    lists = write_lists(tmp_path, edges="a b\nb c\nc d\nd e\n", nodes=text)
+    data = graphs.load_edge_list(*lists, repair=True)
+    np.testing.assert_array_equal(data.labels, expected)
+
+
 BAD_LISTS = [
     ({"edges": "ann bob\nann bob 3\n"}, r"e\.txt:2: expected two node names, got 3"),
     ({"edges": "ann\n"}, r"e\.txt:1: expected two node names, got 1"),
@@ -341,6 +356,10 @@ BAD_LISTS = [
     ({"nodes": "node,x\nann,1,2\n"}, r"n\.csv:2: 3 values for 2 columns"),
     ({"nodes": "node,x\nann,tall\n"}, r"n\.csv:2: column 'x' must be a number"),
     ({"nodes": "node,x,split\nann,1,dev\n"}, r"n\.csv:2: split must be train"),
+    (
+        {"nodes": "node,x,label\nann,1,0\nbob,2,-2\ncid,3,1\n"},
+        r"labels\[1\] = -2 is no class",
+    ),
 ]
 
 
