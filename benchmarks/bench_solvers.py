@@ -192,7 +192,7 @@ def logistic(args: argparse.Namespace) -> Iterator[problems.Problem]:
                     features, labels, key=key, name=title
                 )
                 made += 1
-            except ValueError as error:
+            except problems.InfeasibleError as error:
                 print(error)
             seed += 1
 

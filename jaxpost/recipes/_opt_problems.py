@@ -1,5 +1,6 @@
 """Which problems `jaxpost opt` solves: one by name, or a suite, made one at a time."""
 
+import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,12 +16,15 @@ class Task(NamedTuple):
     Fields:
         name: of the problem, unique within a suite and seed.
         seed: of what is drawn for it, and of the sketches.
-        make: makes it; a ValueError says why there is no such problem.
+        make: makes it; `problems.InfeasibleError` where what is drawn for it has no
+            feasible point.
+        data: hash of the file it is made from; None without one.
     """
 
     name: str
     seed: int
     make: Callable[[], problems.Problem]
+    data: str | None = None
 
 
 def tasks_of(config: Any, note: Callable[[str], None]) -> list[Task]:
@@ -32,7 +36,8 @@ def tasks_of(config: Any, note: Callable[[str], None]) -> list[Task]:
 
     Raises:
         ImportError: CUTEst is asked for and sif2jax is not installed.
-        ValueError: no such problem or data file, or one that cannot be solved here.
+        ValueError: no such problem or data file, one that cannot be solved here, or
+            two data files of one name.
     """
     seeds = range(config.seed, config.seed + config.seeds)
     if config.suite == "logistic":
@@ -48,19 +53,39 @@ def tasks_of(config: Any, note: Callable[[str], None]) -> list[Task]:
 
 
 def _logistic(config: Any, seeds: Sequence[int]) -> list[Task]:
-    tasks = []
-    for seed in seeds:
-        for path in config.data:
-            read = problems.read_libsvm(path, labels=config.labels)
-            tasks.append(_logistic_task(read, _stem(path), seed))
-    return tasks
+    files = [
+        (name, problems.read_libsvm(path, labels=config.labels), _hash(path))
+        for name, path in _by_stem(config.data).items()
+    ]
+    return [_logistic_task(*file, seed) for seed in seeds for file in files]
 
 
-def _logistic_task(read: problems.LibsvmData, name: str, seed: int) -> Task:
+def _logistic_task(
+    name: str, read: problems.LibsvmData, digest: str, seed: int
+) -> Task:
     def make() -> problems.Problem:
         return problems.constrained_logistic(*read, key=jax.random.key(seed), name=name)
 
-    return Task(name, seed, make)
+    return Task(name, seed, make, digest)
+
+
+def _by_stem(paths: Sequence[str]) -> dict[str, str]:
+    """Files by what results call them."""
+    found: dict[str, str] = {}
+    for path in paths:
+        name = _stem(path)
+        if name in found:
+            raise ValueError(
+                f"--data {found[name]} and --data {path} would both be {name} in the "
+                "results; rename one, or give each a run of its own (--name)."
+            )
+        found[name] = path
+    return found
+
+
+def _hash(path: str) -> str:
+    with pathlib.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _stem(path: str) -> str:

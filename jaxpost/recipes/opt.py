@@ -42,7 +42,8 @@ class OptConfig:
             with the paper's rule and constants (published-gaussian, ...); may be given
             several times. `exact` for a problem, several for a suite, if none is.
         data: File in LIBSVM's format for the logistic suite; may be given several
-            times.
+            times, each of another name: results call it by its name without folder,
+            .gz and .txt.
         labels: Map the file's two labels to 1 and -1, or take them as they are.
         grid: Points per side of the PDE problem; may be given several times.
         tolerance: Norm of the KKT residual to reach.
@@ -55,7 +56,7 @@ class OptConfig:
         name: Of the run folder; `opt-` and the problem or suite if not given.
         run_root: Folder of the run folders.
         out: JSONL file of the results; `results.jsonl` in the run folder if not given.
-            What it already has is not solved again.
+            What it already has, of the same settings and data, is not solved again.
         progress: A live table, plain lines, or nothing.
 
     Raises:
@@ -132,10 +133,11 @@ class OptConfig:
 def run_opt(config: OptConfig) -> dict[str, Any]:
     """Solves what `config` names and writes the run folder.
 
-    A line of the results holds `id`, `problem`, `method`, `seed`, `status`, counts,
-    residuals, seconds and `kkt_history`. The folder gets `summary.json` and, where
-    matplotlib is installed, `convergence.svg` and, of several methods on several
-    problems, `profiles.svg`. 64-bit mode is on meanwhile.
+    A line of the results holds `id`, `problem`, `method`, `seed`, hashes of `settings`
+    and of the `data` file, `status` (`infeasible` where the constraints that were drawn
+    contradict each other), counts, residuals, seconds and `kkt_history`. The folder
+    gets `summary.json` and, where matplotlib is installed, `convergence.svg` and, of
+    several methods on several problems, `profiles.svg`. 64-bit mode is on meanwhile.
 
     Returns:
         The summary: by method, how many were solved of how many, medians and times.
@@ -143,7 +145,8 @@ def run_opt(config: OptConfig) -> dict[str, Any]:
     Raises:
         ImportError: CUTEst is asked for and sif2jax is not installed.
         ValueError: no such problem (names close ones), it is not one of equality
-            constraints, a bad data file, or results of other settings.
+            constraints, a bad grid or data file, two data files of one name, or
+            results of other settings or data.
     """
     with jax.enable_x64(True):
         return _run(config)
@@ -154,7 +157,11 @@ def _run(config: OptConfig) -> dict[str, Any]:
     quiet = config.progress == "none"
     tasks = tasks_of(config, (lambda _: None) if quiet else print)
     with training.create_run(
-        folder, settings, seeds={"first": config.seed}, resume=folder.exists()
+        folder,
+        settings,
+        seeds={"first": config.seed},
+        data=_data_of(tasks),
+        resume=folder.exists(),
     ):
         path = pathlib.Path(config.out) if config.out else folder / "results.jsonl"
         lines = _solve_missing(path, tasks, config)
@@ -169,7 +176,7 @@ def _solve_missing(
 ) -> list[dict[str, Any]]:
     """All lines of a run in its order, after solving and appending those missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = _read(path, config)
+    found = _read(path, tasks, config)
     wanted = [(task, method) for task in tasks for method in config.methods]
     missing = [pair for pair in wanted if _id(*pair) not in found]
     board = _opt_board.make_board(
@@ -199,10 +206,11 @@ def _solve(task: Task, method: str, config: OptConfig) -> dict[str, Any]:
         "method": method,
         "seed": task.seed,
         "settings": _digest(config, method),
+        "data": task.data,
     }
     try:
         problem = task.make()
-    except ValueError as error:  # constraints that contradict each other: a finding
+    except problems.InfeasibleError as error:  # a finding
         return {**line, "status": "infeasible", "explained": str(error)}
     _check_size(problem, config)
     _, facts = measure(
@@ -229,7 +237,10 @@ def _id(task: Task, method: str) -> str:
 
 
 def _digest(config: OptConfig, method: str) -> str:
-    """What else decides a line; a file holds lines of one such setting per method."""
+    """What else decides a line but the problem and its data.
+
+    A file holds lines of one such setting per method.
+    """
     content = [
         dataclasses.asdict(config.options(method)),
         config.repeats,
@@ -238,17 +249,26 @@ def _digest(config: OptConfig, method: str) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def _read(path: pathlib.Path, config: OptConfig) -> dict[str, dict[str, Any]]:
+def _data_of(tasks: Sequence[Task]) -> dict[str, str]:
+    """Hashes of data files by what results call them."""
+    return {task.name: task.data for task in tasks if task.data is not None}
+
+
+def _read(
+    path: pathlib.Path, tasks: Sequence[Task], config: OptConfig
+) -> dict[str, dict[str, Any]]:
     """Lines of a file by id.
 
     Raises:
-        ValueError: a line is none of this command's, or of other settings.
+        ValueError: a line is none of this command's, or of other settings or data.
     """
     now = {method: _digest(config, method) for method in config.methods}
+    data = _data_of(tasks)
     lines = {}
     for number, line in _json_lines.read(path):
         try:
             method, settings, name = line["method"], line["settings"], line["id"]
+            problem, read_from = line["problem"], line.get("data")
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}:{number} is not a line of solves ({error!r}); name another "
@@ -259,6 +279,12 @@ def _read(path: pathlib.Path, config: OptConfig) -> dict[str, dict[str, Any]]:
                 f"{path}:{number} was solved by {method} with other settings "
                 f"({settings}, now {now[method]}); give those again, name another "
                 "--out, or move this file away."
+            )
+        if read_from != data.get(problem, read_from):
+            raise ValueError(
+                f"{path}:{number} was solved on another file named {problem} (hash "
+                f"{read_from}, now {data[problem]}); give that file again, name "
+                "another --out, or move this file away."
             )
         lines[name] = line
     return lines

@@ -111,6 +111,7 @@ def test_one_problem_at_two_sizes(tmp_path, capsys):
         (["--problem", "pde", "--tolerance", "-1"], "tolerance must be positive"),
         (["--problem", "pde", "--matrix-free"], "matrix_free needs method in"),
         (["--problem", "pde", "--grid", "70"], "--matrix-free --method minres"),
+        (["--problem", "pde", "--grid", "0"], "grid must be at least 1 point"),
         (["--suite", "logistic", "--data", "none.txt"], "no such file"),
     ],
 )
@@ -123,6 +124,47 @@ def test_bad_words_end_with_status_2(words, message, tmp_path, capsys):
     shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert message in shown
     assert "Traceback" not in shown
+
+
+def write_rows(path, width, scale=1):
+    """Two rows; of 11 features, ten constraints leave a line too far from zero."""
+    items = " ".join(f"{j + 1}:{scale}" for j in range(width))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"1 {items}\n2 1:1\n")
+    return str(path)
+
+
+def test_draws_without_a_feasible_point_are_recorded(tmp_path, capsys):
+    path = write_rows(tmp_path / "close.txt", 11)
+    run(tmp_path, "--suite", "logistic", "--data", path, "--method", "exact")
+    (line,) = read(tmp_path / "opt-logistic" / "results.jsonl")
+    assert line["status"] == "infeasible"
+    assert "contradict each other" in line["explained"]
+    environment = (tmp_path / "opt-logistic" / "environment.json").read_text("utf-8")
+    assert json.loads(environment)["data"] == {"close": line["data"]}
+
+
+def test_data_of_too_few_features_ends_with_status_2(tmp_path, capsys):
+    path = write_rows(tmp_path / "narrow.txt", 10)
+    words = ["opt", "--suite", "logistic", "--data", path, "--run-root", str(tmp_path)]
+    assert cli.main([*words, "--progress", "plain"]) == 2
+    message = "narrow: num_linear must be at least 1 and below the 10 features"
+    assert message in capsys.readouterr().err
+    assert read(tmp_path / "opt-logistic" / "results.jsonl") == []
+
+
+def test_results_are_those_of_a_file_not_of_its_name(tmp_path, capsys):
+    one = write_rows(tmp_path / "a" / "same.txt", 11)
+    two = write_rows(tmp_path / "b" / "same", 11, scale=2)
+    words = ["--suite", "logistic", "--method", "exact", "--run-root", str(tmp_path)]
+    words = ["opt", *words, "--progress", "plain"]
+    assert cli.main([*words, "--data", one]) == 0
+    assert cli.main([*words, "--data", one]) == 0
+    assert "already has 1 of 1 solves" in capsys.readouterr().out
+    assert cli.main([*words, "--data", two]) == 2
+    assert "solved on another file named same" in capsys.readouterr().err
+    assert cli.main([*words, "--data", one, "--data", two]) == 2
+    assert "would both be same in the results" in capsys.readouterr().err
 
 
 def test_foreign_files_are_refused(tmp_path):

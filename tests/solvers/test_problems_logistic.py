@@ -57,13 +57,15 @@ def test_feasibility_is_the_distance_of_the_plane():
 
 def test_contradicting_constraints_are_refused_with_the_value():
     message = r"b\^T \(A A\^T\)\^-1 b is \d+\.\d+, but .* take another key"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(problems.InfeasibleError, match=message):
         make(width=6, seed=2)
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="num_linear must be at least 1 and below"):
-        make(width=4)
+    message = "tiny: num_linear must be at least 1 and below the 4"
+    with pytest.raises(ValueError, match=message) as caught:
+        make(width=4, name="tiny")
+    assert not isinstance(caught.value, problems.InfeasibleError)
     with pytest.raises(AssertionError):
         problems.constrained_logistic(
             np.ones((3, 16)), np.ones(4), key=jax.random.key(0)

@@ -8,6 +8,7 @@ from jaxpost.solvers.problems._cutest import (
 )
 from jaxpost.solvers.problems._libsvm import LibsvmData, read_libsvm
 from jaxpost.solvers.problems._logistic import (
+    InfeasibleError,
     LogisticData,
     constrained_logistic,
     logistic_constraint,
@@ -25,6 +26,7 @@ from jaxpost.solvers.problems._problem import Problem
 
 __all__ = [
     "PUBLISHED_CUTEST",
+    "InfeasibleError",
     "LibsvmData",
     "LogisticData",
     "PdeData",

@@ -14,6 +14,10 @@ ROWS = ("features", "labels", "weights")
 """Fields of the data whose first axis is the rows."""
 
 
+class InfeasibleError(ValueError):
+    """No point satisfies the constraints that were drawn."""
+
+
 class LogisticData(NamedTuple):
     """What the problem depends on.
 
@@ -56,8 +60,8 @@ def constrained_logistic(
 
     Raises:
         RuntimeError: JAX's 64-bit mode is off.
-        ValueError: `num_linear` is not in [1, D), or the constraints contradict each
-            other.
+        ValueError: `num_linear` is not in [1, D).
+        InfeasibleError: the constraints contradict each other; a ValueError too.
         AssertionError: shapes do not fit.
 
     Source: arXiv 2305.18379, Section 5, constrained logistic regression.
@@ -68,15 +72,15 @@ def constrained_logistic(
     rows, width = features.shape
     if not 1 <= num_linear < width:
         raise ValueError(
-            f"num_linear must be at least 1 and below the {width} features, got "
-            f"{num_linear}."
+            f"{name}: num_linear must be at least 1 and below the {width} features, "
+            f"got {num_linear}; draw fewer constraints, or take data with more."
         )
     key_matrix, key_offsets = jax.random.split(key)
     matrix = jax.random.normal(key_matrix, (num_linear, width), jnp.float64)
     offsets = jax.random.normal(key_offsets, (num_linear,), jnp.float64)
     distance = float(offsets @ jnp.linalg.solve(matrix @ matrix.T, offsets))
     if not distance <= 1.0:
-        raise ValueError(
+        raise InfeasibleError(
             f"{name}: the drawn constraints contradict each other: b^T (A A^T)^-1 b is "
             f"{distance:.4f}, but a w of length one needs at most 1; take another key."
         )
