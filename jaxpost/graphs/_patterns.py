@@ -52,7 +52,14 @@ class Pattern(NamedTuple):
         return values if self.order is None else values[self.order]
 
     def transpose(self, values: jax.Array) -> "tuple[Pattern, jax.Array]":
-        """The transposed matrix's pattern, and sorted values in its order."""
+        """The transposed matrix's pattern, and sorted values in its order.
+
+        Its `t_order` leads back to the order of the rows, for second derivatives; a
+        program that takes none drops its computation.
+        """
+        order = self.t_order
+        places = jnp.arange(order.size, dtype=order.dtype)
+        inverse = jnp.zeros_like(order).at[order].set(places, unique_indices=True)
         flipped = Pattern(
             self.t_rows,
             self.t_columns,
@@ -61,9 +68,9 @@ class Pattern(NamedTuple):
             self.rows,
             self.columns,
             self.indptr,
-            self.t_order,  # not its inverse: a transpose is not transposed again
+            inverse,
         )
-        return flipped, values[self.t_order]
+        return flipped, values[order]
 
 
 def make_pattern(rows: Any, columns: Any, shape: tuple[int, int]) -> Pattern:

@@ -105,6 +105,61 @@ def test_product_and_its_gradient(scattered, aggregation):
     np.testing.assert_allclose(back(slope)[0], matrix.T @ slope, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("aggregation", WAYS)
+def test_second_derivative_of_one_way_edges(aggregation):
+    rng = np.random.default_rng(3)
+    rows, columns = np.nonzero(rng.uniform(size=(7, 5)) < 0.4)
+    mixed = rng.permutation(len(rows))
+    pattern = graphs.make_pattern(rows[mixed], columns[mixed], (7, 5))
+    values = rng.normal(size=len(rows)).astype(np.float32)
+    matrix = np.zeros((7, 5), np.float32)
+    matrix[rows[mixed], columns[mixed]] = values
+
+    def product(x):
+        return graphs.sparse_matmul(
+            pattern, pattern.sort(values), x, implementation=aggregation, edge_chunk=4
+        )
+
+    def second(product, x):
+        slope = jax.grad(lambda x: jnp.sum(jnp.sin(product(x))))
+        return jax.grad(lambda x: jnp.sum(slope(x) ** 2))(x)
+
+    x = jax.random.normal(jax.random.key(0), (5, 3))
+    expected = second(lambda x: jnp.dot(matrix, x), x)
+    np.testing.assert_allclose(second(product, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pattern_transposed_twice_is_itself(scattered):
+    edges = graphs.plan_graph(scattered).edges
+    values = jnp.arange(len(edges.rows), dtype=jnp.float32)
+    once, flipped = edges.transpose(values)
+    twice, again = once.transpose(flipped)
+    np.testing.assert_array_equal(again, values)
+    jax.tree.map(np.testing.assert_array_equal, twice, edges._replace(order=None))
+
+
+def test_only_second_derivatives_invert_the_order(scattered):
+    """A scatter inverts it; products by csr have none themselves."""
+    pattern = graphs.plan_graph(scattered).edges
+    values, x = jnp.ones(len(pattern.rows)), jnp.ones((16, 3))
+
+    def slope(pattern, x):
+        def total(x):
+            y = graphs.sparse_matmul(pattern, values, x, implementation="csr")
+            return jnp.sum(y**2)
+
+        return jax.grad(total)(x)
+
+    def curvature(pattern, x):
+        return jax.grad(lambda x: jnp.sum(slope(pattern, x) ** 2))(x)
+
+    first, second = (
+        jax.jit(f).lower(pattern, x).compile().as_text() for f in (slope, curvature)
+    )
+    assert "scatter" not in first
+    assert "scatter" in second
+
+
 @pytest.mark.parametrize("aggregation", ["csr", "segment"])
 def test_product_under_vmap_and_grad_of_it(scattered, aggregation):
     plan = graphs.plan_graph(scattered)
