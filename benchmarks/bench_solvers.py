@@ -48,7 +48,7 @@ OURS = {
     "kaczmarz_norm": {},
     "published-exact": {},
     # With the published cap of 1e5 sketches BT12, HS47 and HS52 end there: the accuracy
-    # that the rule asks for takes up to twice as many.
+    # that the rule asks for takes more.
     "published-gaussian": {"max_inner": 1_000_000},
     "published-kaczmarz": {"max_inner": 1_000_000},
 }

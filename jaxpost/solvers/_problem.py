@@ -14,7 +14,7 @@ Objective = Callable[[jax.Array, Any], jax.Array]
 Constraint = Callable[[jax.Array, Any], jax.Array]
 
 
-TOGETHER = 16
+TOGETHER = 64
 """Unit vectors that a derivative is asked for at once: their arrays stay in cache."""
 
 
