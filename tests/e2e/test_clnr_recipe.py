@@ -133,6 +133,28 @@ def test_embed_and_probe(finished, tmp_path, capsys):
         assert name in capsys.readouterr().out
 
 
+def test_probe_of_a_graph_that_needs_repair(tmp_path, capsys):
+    data = graphs.builtin()
+    good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
+    graphs.save_npz(good, data)
+    with np.load(good) as held:
+        arrays = dict(held)
+    arrays["edge_index"] = np.pad(arrays["edge_index"], ((0, 0), (1, 0)))  # a loop
+    np.savez(bad, **arrays)
+    with pytest.raises(graphs.GraphError, match="self-loop"):
+        graphs.load_npz(bad)
+    rows = np.random.default_rng(0).normal(size=(300, 4))
+    out = tmp_path / "e.npz"
+    words = ["graph", "probe", str(out), "--protocol", "clusters", "--repeats", "1"]
+    shown = []
+    for path in (good, bad):
+        tools._report.save_embeddings(out, rows, data, dataset=str(path))
+        assert cli.main(words) == 0
+        shown.append(capsys.readouterr().out)
+    assert "nmi" in shown[0]
+    assert shown[0] == shown[1]
+
+
 def test_embeddings_find_their_nodes(tmp_path):
     """A file in another order, and one of other nodes."""
     data = graphs.builtin()
