@@ -309,13 +309,14 @@ def _through_lengths(plan, views, grads, slopes):
     """
 
     def step(grads, chunk):
-        held = [View(*(plan.take(x, chunk) for x in view)) for view in views]
+        first, second = (View(*(plan.take(x, chunk) for x in view)) for view in views)
         own = plan.take(slopes, chunk)
-        grads = tuple(
-            plan.put(grad, chunk, _through_length(*pair, plan.take(grad, chunk), own))
-            for pair, grad in zip((held, held[::-1]), grads, strict=True)
-        )
-        return grads, None
+
+        def put(grad, view, other):
+            part = _through_length(view, other, plan.take(grad, chunk), own)
+            return plan.put(grad, chunk, part)
+
+        return (put(grads[0], first, second), put(grads[1], second, first)), None
 
     chunks = jnp.arange(plan.chunks, dtype=jnp.int32)
     return jax.lax.scan(step, grads, chunks)[0]
