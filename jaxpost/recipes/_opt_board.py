@@ -24,21 +24,23 @@ class Board(Protocol):
     def close(self) -> None: ...
 
 
-def make_board(mode: Mode, methods: Sequence[str], total: int, done: int) -> Board:
-    """A board for `total` solves, `done` of which an earlier run has made.
+def make_board(
+    mode: Mode, methods: Sequence[str], total: int, done: Sequence[Line]
+) -> Board:
+    """A board for `total` solves, some of which an earlier run has made.
 
     Args:
         mode: `rich` draws tables; `plain` prints lines; `auto` is `rich` on a terminal
             and `plain` elsewhere; `none` is silent.
         methods: rows of the table.
         total: solves of the whole run.
-        done: how many of them need not be made.
+        done: what is known already, in any order.
     """
     if mode == "auto":
         mode = "rich" if sys.stdout.isatty() else "plain"
     if mode == "rich":
         return _Live(methods, total, done)
-    return _Lines(total, done, quiet=mode == "none")
+    return _Lines(total, len(done), quiet=mode == "none")
 
 
 class _Lines:
@@ -67,11 +69,13 @@ class _Lines:
 class _Live:
     """A table of methods, the last solves, and a bar with the time left."""
 
-    def __init__(self, methods: Sequence[str], total: int, done: int):
+    def __init__(self, methods: Sequence[str], total: int, done: Sequence[Line]):
         import rich.live
         import rich.progress as bars
 
         self._lines: dict[str, list[Line]] = {name: [] for name in methods}
+        for line in done:
+            self._lines[line["method"]].append(line)
         self._recent: list[Line] = []
         self._bar = bars.Progress(
             bars.TextColumn("{task.description}"),
@@ -80,7 +84,7 @@ class _Live:
             bars.TextColumn("left"),
             bars.TimeRemainingColumn(elapsed_when_finished=True),
         )
-        self._task = self._bar.add_task("solving", total=total, completed=done)
+        self._task = self._bar.add_task("solving", total=total, completed=len(done))
         self._live = rich.live.Live(self._draw(), refresh_per_second=4)
         self._live.start()
 
@@ -131,9 +135,9 @@ def summary_table(lines: Mapping[str, Sequence[Line]]) -> Any:
     """
     import rich.table
 
-    table = rich.table.Table()
-    table.add_column("method")
-    # Short: eight columns fit into 80 characters.
+    # Without lines, and close together: nine columns fit into 80 characters.
+    table = rich.table.Table(box=None, collapse_padding=True)
+    table.add_column("method", no_wrap=True)
     headings = ("solved", "iters", "evals", "grads", "inner", "KKT", "time", "compile")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)

@@ -179,12 +179,10 @@ def _solve_missing(
     found = _read(path, tasks, config)
     wanted = [(task, method) for task in tasks for method in config.methods]
     missing = [pair for pair in wanted if _id(*pair) not in found]
-    board = _opt_board.make_board(
-        config.progress, config.methods, len(wanted), len(wanted) - len(missing)
-    )
-    if len(missing) < len(wanted):
-        known = len(wanted) - len(missing)
-        board.note(f"{path} already has {known} of {len(wanted)} solves")
+    known = [found[_id(*pair)] for pair in wanted if _id(*pair) in found]
+    board = _opt_board.make_board(config.progress, config.methods, len(wanted), known)
+    if known:
+        board.note(f"{path} already has {len(known)} of {len(wanted)} solves")
     try:
         with path.open("a", encoding="utf-8") as file:
             for task, method in missing:

@@ -187,7 +187,6 @@ def test_a_torn_line_is_cut_off(tmp_path):
 
 
 def test_the_live_table_shows_methods_and_the_last_solves(capsys):
-    board = _opt_board.make_board("rich", ("exact", "minres"), 3, 1)
     solved = {
         "problem": "HS6",
         "method": "exact",
@@ -203,15 +202,18 @@ def test_the_live_table_shows_methods_and_the_last_solves(capsys):
     }
     none = {
         "problem": "x",
-        "method": "minres",
+        "method": "published-gaussian",
         "status": "infeasible",
         "explained": "!",
     }
+    earlier = [solved | {"problem": "HS7"}]
+    methods = ("exact", "published-gaussian")
+    board = _opt_board.make_board("rich", methods, 3, earlier)
     for line in (solved, none):
         board.begin(line["problem"], line["method"])
         board.add(line)
     board.close()
     shown = capsys.readouterr().out
-    for part in ("exact", "1/1", "HS6", "KKT 4.6e-11", "f -", "2 ms", "infeasible"):
+    for part in ("exact", "2/2", "HS6", "KKT 4.6e-11", "f -", "2 ms", "infeasible"):
         assert part in shown
     assert "3/3" in shown
