@@ -77,7 +77,8 @@ QUICK = Lab(
     reward_rates=(1e-4, 3e-4),
     problems=16,
     tuning_problems=16,
-    flags=("--mesh.devices", "1", "--train.steps", "2", "--train.batch-size", "4"),
+    # More steps than any of the configs warms up for.
+    flags=("--mesh.devices", "1", "--train.steps", "6", "--train.batch-size", "4"),
     rows=64,
 )
 
