@@ -18,6 +18,10 @@ from jaxpost.solvers._options import SolveOptions
 ROUNDING = 32.0
 
 
+def _unbounded(eta1: jax.Array, eta2: jax.Array) -> jax.Array:
+    return jnp.inf * eta2
+
+
 class NewtonSystem(NamedTuple):
     """What the inner solvers see.
 
@@ -25,8 +29,8 @@ class NewtonSystem(NamedTuple):
         products: `v -> A v`, `[n + m]` to the same.
         rows: `S -> S A`, sketch vectors in rows, `[s, n + m]` to the same.
         right: `b`, `[n + m]`.
-        matrix: `A` itself, or None when it is not formed.
         shift: what was added to the diagonal of the Hessian.
+        matrix: `A` itself, or None when it is not formed.
         scale: `norm(A) Psi`, which the theory's accuracy is divided by; 1 for a
             relative accuracy.
         rounding: residual below which rounding hides any gain, relative to `norm(z)`.
@@ -37,11 +41,11 @@ class NewtonSystem(NamedTuple):
     products: Callable[[jax.Array], jax.Array]
     rows: Callable[[jax.Array], jax.Array]
     right: jax.Array
-    matrix: jax.Array | None
     shift: jax.Array
-    scale: jax.Array
-    rounding: jax.Array
-    delta_bound: Callable[[jax.Array, jax.Array], jax.Array]
+    matrix: jax.Array | None = None
+    scale: jax.Array | float = 1.0
+    rounding: jax.Array | float = 0.0
+    delta_bound: Callable[[jax.Array, jax.Array], jax.Array] = _unbounded
     inverse: Callable[[jax.Array], jax.Array] | None = None
 
 
@@ -106,7 +110,7 @@ def dense_system(
     matrix = kkt_matrix(shifted, jacobian)
     norm = jnp.linalg.norm(matrix)
     rounding = ROUNDING * jnp.finfo(matrix.dtype).eps * norm
-    scale, delta_bound = jnp.ones_like(norm), lambda eta1, eta2: jnp.inf * eta2
+    scale, delta_bound = jnp.ones_like(norm), _unbounded
     if options.accuracy == "theory":
         psi = conditioning(shifted, smallest_eigenvalue(jacobian), options.shift_margin)
         upsilon = largest_norm(hessian, jacobian)
@@ -115,11 +119,11 @@ def dense_system(
             eta1, eta2, psi, upsilon, options.armijo
         )
     return NewtonSystem(
-        products=lambda v: matrix @ v,
-        rows=lambda s: s @ matrix,
-        right=right,
+        lambda v: matrix @ v,
+        lambda s: s @ matrix,
+        right,
+        shift,
         matrix=matrix,
-        shift=shift,
         scale=scale,
         rounding=rounding,
         delta_bound=delta_bound,
@@ -130,39 +134,32 @@ def square_system(
     hessian_products: Callable[[jax.Array], jax.Array],
     jacobian: jax.Array,
     right: jax.Array,
-    shift: jax.Array,
-) -> NewtonSystem:
-    """The system of as many constraints as variables, no Hessian formed.
+) -> Callable[[jax.Array], NewtonSystem]:
+    """The system by its shift, of as many constraints as variables; no Hessian formed.
 
-    The constraints alone decide `dx`; its one product with the Hessian gives `dy`.
+    The constraints alone decide `dx`; its one product with the Hessian gives `dy`. So
+    what is factorised, once for all shifts, is the Jacobian.
     """
     size = jacobian.shape[0]
     factors = lu_factor(jacobian)
 
-    def curved(v):
-        return hessian_products(v) + shift * v
+    def shifted(shift: jax.Array) -> NewtonSystem:
+        def curved(v):
+            return hessian_products(v) + shift * v
 
-    def products(v):
-        in_x = curved(v[:size]) + v[size:] @ jacobian
-        return jnp.concatenate([in_x, jacobian @ v[:size]])
+        def products(v):
+            in_x = curved(v[:size]) + v[size:] @ jacobian
+            return jnp.concatenate([in_x, jacobian @ v[:size]])
 
-    def inverse(v):
-        step = lu_solve(factors, v[size:])
-        multipliers = lu_solve(factors, v[:size] - curved(step), trans=1)
-        return jnp.concatenate([step, multipliers])
+        def inverse(v):
+            step = lu_solve(factors, v[size:])
+            multipliers = lu_solve(factors, v[:size] - curved(step), trans=1)
+            return jnp.concatenate([step, multipliers])
 
-    one = jnp.ones((), right.dtype)
-    return NewtonSystem(
-        products=products,
-        rows=jax.vmap(products),
-        right=right,
-        matrix=None,
-        shift=shift,
-        scale=one,
-        rounding=0.0 * one,  # not asked for by a direct solve
-        delta_bound=lambda eta1, eta2: jnp.inf * eta2,
-        inverse=inverse,
-    )
+        # No rounding: a direct solve does not ask when to stop.
+        return NewtonSystem(products, jax.vmap(products), right, shift, inverse=inverse)
+
+    return shifted
 
 
 def conditioning(shifted: jax.Array, eigenvalue: jax.Array, margin: float) -> jax.Array:

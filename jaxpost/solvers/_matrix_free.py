@@ -17,7 +17,6 @@ def free_system(
     products: Products, right: jax.Array, shift: jax.Array, size: int
 ) -> NewtonSystem:
     """From products with the KKT matrix; `shift` raises its first `size` diagonals."""
-    none = jnp.zeros((), right.dtype)
 
     def shifted(v):
         return products(v) + shift * v.at[size:].set(0.0)
@@ -26,16 +25,8 @@ def free_system(
     along = shifted(right)
     length = jnp.linalg.norm(right)
     norm = jnp.linalg.norm(along) / jnp.where(length > 0.0, length, 1.0)
-    return NewtonSystem(
-        products=shifted,
-        rows=jax.vmap(shifted),
-        right=right,
-        matrix=None,
-        shift=shift,
-        scale=none + 1.0,
-        rounding=ROUNDING * jnp.finfo(right.dtype).eps * norm,
-        delta_bound=lambda eta1, eta2: jnp.inf * eta2,
-    )
+    rounding = ROUNDING * jnp.finfo(right.dtype).eps * norm
+    return NewtonSystem(shifted, jax.vmap(shifted), right, shift, rounding=rounding)
 
 
 def solve_products(

@@ -199,23 +199,17 @@ def _newton_system(
 ) -> tuple[Callable[[jax.Array], NewtonSystem], jax.Array, Callable]:
     """The system by its shift, the shift to try first, and products without it."""
     right = -jnp.concatenate([point.gradient, point.constraint])
-    size = point.x.shape[0]
+    size, none = point.x.shape[0], jnp.zeros((), right.dtype)
     if options.matrix_free:
         products = problem.kkt_products(point.x, point.multipliers)
-        none = jnp.zeros((), right.dtype)
         return lambda s: free_system(products, right, s, size), none, products
     assert point.jacobian is not None
     jacobian = point.jacobian
     square = jacobian.shape[0] == size
     if square and options.method == "exact" and options.accuracy == "relative":
         curved = problem.hessian_products(point.x, point.multipliers)
-        none = jnp.zeros((), right.dtype)
-        system = square_system(curved, jacobian, right, none)
-        return (
-            lambda shift: square_system(curved, jacobian, right, shift),
-            none,
-            system.products,
-        )
+        system_at = square_system(curved, jacobian, right)
+        return system_at, none, system_at(none).products
     hessian = problem.hessian(point.x, point.multipliers)
     whole = kkt_matrix(hessian, jacobian)
     return (

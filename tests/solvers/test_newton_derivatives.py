@@ -37,7 +37,7 @@ def test_square_system_is_the_dense_one():
     hessian = problem.hessian(x, multipliers)
     dense = dense_system(hessian, jacobian, right, shift, solvers.SolveOptions())
     products = problem.hessian_products(x, multipliers)
-    square = square_system(products, jacobian, right, shift)
+    square = square_system(products, jacobian, right)(shift)
     np.testing.assert_allclose(square.products(right), dense.products(right))
     assert square.inverse is not None
     assert dense.matrix is not None
