@@ -7,6 +7,7 @@ from jaxpost.generation._files import write_completions
 from jaxpost.generation._generate import Rollout, bucket_length, generate
 from jaxpost.generation._processors import Processor, ProcessorState
 from jaxpost.generation._server import Finished, StreamStats
+from jaxpost.generation._settings_file import SettingsFile
 from jaxpost.generation._stream import Stream, as_rollout, generate_stream
 from jaxpost.generation._text import (
     Completion,
@@ -24,6 +25,7 @@ __all__ = [
     "Progress",
     "Rollout",
     "SamplingConfig",
+    "SettingsFile",
     "Stream",
     "StreamStats",
     "TextResult",

@@ -7,14 +7,14 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from jaxpost.generation._config import SamplingConfig
-from jaxpost.generation._file_settings import FileSettings, sampler_settings
 from jaxpost.generation._processors import Processor
+from jaxpost.generation._settings_file import AnswerSettings, sampler_settings
 from jaxpost.generation._text import (
     Completion,
     Decode,
@@ -87,7 +87,7 @@ def write_completions(
     numbered = _with_ids(rows)
     facts = dict(settings or {}) | sampler_settings(config, key, stop_strings)
     facts |= {"with_ids": with_ids}
-    done = _open(path, FileSettings(path, facts, numbered))
+    done = _open(path, AnswerSettings(path, facts, numbered))
     todo = [(n, row) for n, row in enumerate(numbered) if row["id"] not in done]
     stats = TextStats(len(numbered) - len(todo), len(numbered), 0, 0, 0, 0.0)
     began = time.perf_counter()
@@ -105,19 +105,10 @@ def write_completions(
         processors=processors,
         sequence_ids=[number for number, _ in todo],
     )
-    held: dict[int, Completion] = {}
-    written = 0
+    lines = _in_order(answers, [row for _, row in todo], encode if with_ids else None)
     with path.open("a", encoding="utf-8") as file:
-        for index, answer in answers:
-            held[index] = answer
-            while written in held:
-                row, done_answer = todo[written][1], held.pop(written)
-                ids = {}
-                if with_ids:
-                    ids["prompt_ids"] = [int(i) for i in encode(row["prompt"])]
-                    ids["completion_ids"] = [int(i) for i in done_answer.tokens]
-                file.write(_line({**row, **ids}, done_answer))
-                written += 1
+        for answer, ready in lines:
+            file.writelines(ready)
             file.flush()
             stats = add_answer(stats, answer, time.perf_counter() - began)
             if progress is not None:
@@ -125,9 +116,32 @@ def write_completions(
     return stats
 
 
-def _line(row: Mapping[str, Any], answer: Completion) -> str:
+def _in_order(
+    answers: Iterable[tuple[int, Completion]],
+    rows: Sequence[Mapping[str, Any]],
+    encode: Encode | None,
+) -> Iterator[tuple[Completion, list[str]]]:
+    """Each answer as it comes, with the lines that may be written now; ids of tokens
+    are in the lines if `encode` is given."""
+    held: dict[int, Completion] = {}
+    written = 0
+    for index, answer in answers:
+        held[index] = answer
+        ready = []
+        while written in held:
+            ready.append(_line(rows[written], held.pop(written), encode))
+            written += 1
+        yield answer, ready
+
+
+def _line(row: Mapping[str, Any], answer: Completion, encode: Encode | None) -> str:
+    ids = {}
+    if encode is not None:
+        ids["prompt_ids"] = [int(i) for i in encode(row["prompt"])]
+        ids["completion_ids"] = [int(i) for i in answer.tokens]
     columns = {
         **row,
+        **ids,
         "completion": answer.text,
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,
@@ -157,7 +171,7 @@ def _with_ids(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def _open(path: pathlib.Path, settings: FileSettings) -> set[Any]:
+def _open(path: pathlib.Path, settings: AnswerSettings) -> set[Any]:
     """Ids in the file, after checking its settings and removing a torn last line."""
     if path.exists() and path.stat().st_size:
         done, whole = _read_ids(path)

@@ -1,7 +1,6 @@
 """The file of negatives, its settings and its summary; where a stopped one goes on."""
 
 import collections
-import hashlib
 import json
 import os
 import pathlib
@@ -10,9 +9,13 @@ from typing import Any, get_args
 
 import jax
 
-from jaxpost import data, models, training
+from jaxpost import data, generation, models
+from jaxpost.recipes import _fingerprints
+from jaxpost.recipes._fingerprints import digest
 from jaxpost.recipes._negatives_draw import Fault, faults_of
 from jaxpost.recipes._negatives_rows import Item
+
+MEND = "name another --out, or move the file away"
 
 
 class NegativesFile:
@@ -34,16 +37,14 @@ class NegativesFile:
         sources: Mapping[str, str],
     ):
         self.path = path
+        self._settings = generation.SettingsFile(
+            path, made="sampled", holds="negatives", mend=MEND
+        )
         self._about = {
             "settings": dict(settings),
             "fingerprint": dict(fingerprint),
             "sources": dict(sources),
         }
-
-    @property
-    def settings_path(self) -> pathlib.Path:
-        """Where the settings are."""
-        return self.path.with_name(f"{self.path.stem}.settings.json")
 
     def open(self, items: Sequence[Item], window: int) -> int:
         """Checks what is there, cuts off a window that is not whole, and writes the
@@ -62,8 +63,7 @@ class NegativesFile:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
-            about = {**self._about, "versions": _versions()}
-            _write(self.settings_path, about)
+            self._settings.write({**self._about, "versions": _versions()})
             return 0
         self._check_settings()
         text = self.path.read_bytes()
@@ -75,7 +75,7 @@ class NegativesFile:
             if number > len(items) or _id_of(line) != items[number - 1].id:
                 raise ValueError(
                     f"{self.path}:{number} is not a line of negatives of row {number}; "
-                    "name another --out, or move the file away."
+                    f"{MEND}."
                 )
         size = sum(map(len, lines[:whole]))
         if size < len(text):
@@ -96,31 +96,17 @@ class NegativesFile:
         _write(self.path.with_name(f"{self.path.stem}.summary.json"), summary)
 
     def _check_settings(self) -> None:
-        mend = "name another --out, or move the file away"
+        found = self._settings.read()
         try:
-            found = json.loads(self.settings_path.read_text(encoding="utf-8"))
-            settings, digests = found["settings"], found["fingerprint"]
-        except FileNotFoundError:
-            raise ValueError(
-                f"{self.path} is there, but not {self.settings_path.name}, which says "
-                f"what it was sampled with; {mend}."
-            ) from None
+            settings, digests = dict(found["settings"]), dict(found["fingerprint"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.settings_path} does not hold settings of negatives "
-                f"({error!r}); {mend}."
-            ) from error
-        for name, now in self._about["settings"].items():
-            if settings.get(name) != now:
-                raise ValueError(
-                    f"{self.path} was sampled with {name} {settings.get(name)!r}, not "
-                    f"{now!r}; give that again, {mend}."
-                )
+            raise self._settings.damaged(error) from error
+        self._settings.compare(settings, self._about["settings"])
         for name, now in self._about["fingerprint"].items():
             if digests.get(name) != now:
                 raise ValueError(
                     f"{self.path} was sampled with another {name} (fingerprint "
-                    f"{str(digests.get(name))[:12]}, now {now[:12]}); {mend}."
+                    f"{str(digests.get(name))[:12]}, now {now[:12]}); {MEND}."
                 )
 
 
@@ -136,10 +122,10 @@ def fingerprint(
         tokenizer.adds_bos,
     ]
     return {
-        "model": _digest(training.fingerprint_params(model.params), str(model.config)),
-        "tokenizer": _digest(tokenizer.backend.to_str(), json.dumps(special)),
-        "chat template": _digest(tokenizer.chat_template or ""),
-        "data": _digest(ids),
+        "model": _fingerprints.of_model(model),
+        "tokenizer": digest(tokenizer.backend.to_str(), json.dumps(special)),
+        "chat template": digest(tokenizer.chat_template or ""),
+        "data": digest(ids),
     }
 
 
@@ -193,7 +179,3 @@ def _write(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     part.write_text(text, encoding="utf-8")
     part.replace(path)
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()

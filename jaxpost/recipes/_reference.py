@@ -17,6 +17,7 @@ import numpy as np
 from jaxpost import data, models, parallel, training
 from jaxpost.recipes import _answers, _fingerprinted
 from jaxpost.recipes._config import ConfigError
+from jaxpost.recipes._fingerprints import digest
 from jaxpost.recipes._run import Run
 from jaxpost.typing import Params
 
@@ -169,11 +170,11 @@ def fingerprint(run: Run, rows: list[data.TokenRow]) -> dict[str, str]:
             tokens.update(np.ascontiguousarray(row[name]).data)
     special = [tokenizer.bos_id, tokenizer.eos_ids, tokenizer.adds_bos]
     return {
-        "model": _digest(
+        "model": digest(
             training.fingerprint_params(params), config, str(run.compute_dtype)
         ),
-        "tokenizer": _digest(tokenizer.backend.to_str(), json.dumps(special)),
-        "chat template": _digest(tokenizer.chat_template or ""),
+        "tokenizer": digest(tokenizer.backend.to_str(), json.dumps(special)),
+        "chat template": digest(tokenizer.chat_template or ""),
         "data": tokens.hexdigest(),
     }
 
@@ -209,7 +210,3 @@ def _check_finite(file: pathlib.Path, table: dict[int, np.ndarray]) -> None:
             f"{file}: the reference gives log-probs that are not finite to "
             f"{_answers.name_ids(bad)}; check the model's weights and these rows."
         )
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()

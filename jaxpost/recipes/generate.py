@@ -1,13 +1,13 @@
 """Completions of prompts by a model in Hugging Face layout: `jaxpost generate`."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxpost import data, generation, models, training, weights
+from jaxpost import data, generation, models, weights
+from jaxpost.recipes import _fingerprints
 
 
 def run_generate(
@@ -65,12 +65,7 @@ def run_generate(
     words = data.load_tokenizer(
         tokenizer or model, vocab_limit=loaded.config.vocab_size
     )
-    rows = [
-        data.Row({"prompt": text}, "--prompt", number)
-        for number, text in enumerate(prompt, start=1)
-    ]
-    if prompts is not None:
-        rows += list(data.load_rows(prompts))
+    rows = _rows(prompt, prompts)
     texts = [prompt_text(row, words, chat=chat) for row in rows]
     encode = _encoder(words, texts)
     _check_lengths(rows, texts, encode, max_new_tokens, loaded.config.max_positions)
@@ -99,39 +94,47 @@ def run_generate(
             )
             _print(progress.console, asked, completions)
         else:
-            lines = [
-                {**row.columns, **(columns or {}), "prompt": text}
-                for row, (text, _) in zip(rows, texts, strict=True)
-            ]
+            more = dict(columns or {})
             stats = generation.write_completions(
                 output,
-                lines,
+                [
+                    {**row.columns, **more, "prompt": text}
+                    for row, (text, _) in zip(rows, texts, strict=True)
+                ],
                 *model_words,
                 with_ids=with_ids,
-                settings={
-                    **(columns or {}),
-                    **_fingerprints(loaded, words),
-                    "dtype": dtype,
-                    "chat": chat,
-                    "seed": seed,
-                },
+                settings=more
+                | _identity(loaded, words)
+                | {"dtype": dtype, "chat": chat, "seed": seed},
                 progress=progress,
                 **common,
             )
-    progress.console.print(
-        f"{stats.done} of {stats.total} prompts, {stats.new_tokens} new tokens, "
-        f"{stats.tokens_per_s:.0f} tokens/s"
-    )
+    _print_sums(progress.console, stats)
     return stats
 
 
-def _fingerprints(model: models.Model, words: data.Tokenizer) -> dict[str, str]:
+def _rows(prompt: Sequence[str], prompts: str | None) -> list[data.Row]:
+    """Prompts of the command line, then those of the file."""
+    rows = [
+        data.Row({"prompt": text}, "--prompt", number)
+        for number, text in enumerate(prompt, start=1)
+    ]
+    return rows if prompts is None else [*rows, *data.load_rows(prompts)]
+
+
+def _identity(model: models.Model, words: data.Tokenizer) -> dict[str, str]:
     """What tells a model and a tokenizer from others, by name, wherever they lie."""
-    content = f"{training.fingerprint_params(model.params)}\0{model.config}"
     return {
-        "model fingerprint": hashlib.sha256(content.encode()).hexdigest()[:16],
+        "model fingerprint": _fingerprints.of_model(model)[:16],
         "tokenizer fingerprint": words.fingerprint()[:16],
     }
+
+
+def _print_sums(console: Any, stats: generation.TextStats) -> None:
+    console.print(
+        f"{stats.done} of {stats.total} prompts, {stats.new_tokens} new tokens, "
+        f"{stats.tokens_per_s:.0f} tokens/s"
+    )
 
 
 def _print(
