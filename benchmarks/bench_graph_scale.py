@@ -153,7 +153,7 @@ def main() -> int:
             if done.returncode:
                 print(f"{edges} edges, {way}: failed: {done.stderr.strip()[-300:]}")
                 return 1
-            row = json.loads(done.stdout.strip().splitlines()[-1])
+            row = json.loads(done.stdout.strip().splitlines()[-1]) | stamp()
             rows[edges, way] = row
             print(
                 f"{edges:>9} edges {row['nodes']:>8} nodes  {way:<8}"
@@ -167,17 +167,18 @@ def main() -> int:
             f"{found['total'] / 2**30:.2f} GiB with arguments and gradients"
         )
     ordered = [rows[at] for at in sorted(rows)]
-    content = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "rows": ordered,
-        "losses": losses,
-    }
+    content = {"rows": ordered, "losses": losses}
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(content, indent=1) + "\n")
     draw(ordered)
     print(f"wrote {OUT} and {FIGURE}")
     return 0 if all(found["total"] <= LIMIT_BYTES for found in losses) else 1
+
+
+def stamp() -> dict:
+    """When and where a row is measured."""
+    now = datetime.datetime.now(datetime.UTC)
+    return {"date": now.isoformat(timespec="seconds"), "machine": machine()}
 
 
 def earlier() -> dict[tuple[int, str], dict]:

@@ -1,12 +1,12 @@
 """Which problems `jaxpost opt` solves: one by name, or a suite, made one at a time."""
 
-import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
+from jaxpost import data
 from jaxpost.solvers import problems
 
 
@@ -54,7 +54,7 @@ def tasks_of(config: Any, note: Callable[[str], None]) -> list[Task]:
 
 def _logistic(config: Any, seeds: Sequence[int]) -> list[Task]:
     files = [
-        (name, problems.read_libsvm(path, labels=config.labels), _hash(path))
+        (name, problems.read_libsvm(path, labels=config.labels), _digest(path))
         for name, path in _by_stem(config.data).items()
     ]
     return [_logistic_task(*file, seed) for seed in seeds for file in files]
@@ -83,9 +83,8 @@ def _by_stem(paths: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _hash(path: str) -> str:
-    with pathlib.Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def _digest(path: str) -> str:
+    return data.fingerprint(path)[:16]
 
 
 def _stem(path: str) -> str:

@@ -169,8 +169,8 @@ def plan_rows(
 
 
 def _attention_weight() -> float:
-    """Eight on a CPU: eight answers of 128 tokens to a prompt of 64, 256 wide, take
-    4.8 s in rows of one, 5.4 s in rows of two or four, 6.0 s in one row."""
+    """Eight on a CPU, where an update took 4.8, 5.4, 5.4 and 6.0 s with 1, 2, 4 and 8
+    answers a row (`benchmarks/rivals/grpo_jaxpost.py --answers_per_row`, 2 cores)."""
     return 8.0 if jax.default_backend() == "cpu" else 1.0
 
 
