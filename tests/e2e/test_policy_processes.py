@@ -1,4 +1,4 @@
-"""Self-Rewarding PPO on several devices and processes: the same run as on one."""
+"""GRPO, PPO, Self-Rewarding PPO on eight devices, in one process or two: as on one."""
 
 import json
 import os
@@ -19,10 +19,35 @@ def folders(tmp_path_factory):
     return save_pair(tmp_path_factory.mktemp("models"))
 
 
-def train(folder, folders, *, devices, processes=1):
+REWARDS = [
+    {"name": "regex", "settings": {"pattern": r"[0-4]"}, "isolate": "none"},
+    {"name": "length", "settings": {"longest": 8, "soft": 6}, "isolate": "none"},
+]
+COMMON = ("loss", "grad_norm", "reward", "entropy", "completions/mean_length")
+CRITIC = (
+    "kl",
+    "loss/policy",
+    "loss/value",
+    "val/explained_variance",
+    "objective/scores",
+)
+LOGGED = {
+    "grpo": (*COMMON, "reward_std", "frac_reward_zero_std"),
+    "ppo": (*COMMON, *CRITIC),
+    "self_rewarding_ppo": (
+        *(*COMMON, *CRITIC, "reward_std"),
+        *("objective/kl", "kl/base", "self_reward/mean"),
+    ),
+}
+
+
+def train(folder, folders, recipe, *, devices, processes=1):
     """The first round, of two steps; its logged lines and its answers."""
     name = f"{devices}-{processes}"
     mesh = {"data": -1, "tensor": 2 if devices > 1 else 1}
+    more = {} if recipe == "grpo" else {"critic": {"learning_rate": 0.1}}
+    if recipe == "self_rewarding_ppo":
+        more |= {"self_reward": {"base": folders["base"]}}
     config = toy_config(
         mesh=mesh if processes > 1 else mesh | {"devices": devices},
         model={"path": folders["sft"], "tokenizer": folders["sft"]},
@@ -31,17 +56,18 @@ def train(folder, folders, *, devices, processes=1):
             "samples": 2,
             "minibatches": 2,
             "max_new_tokens": 8,
-            "show_prompts": 8,
+            "show_prompts": 16,
         },
-        self_reward={"base": folders["base"]},
         optimizer={"name": "sgd", "learning_rate": 0.01, "schedule": "constant"},
-        critic={"learning_rate": 0.1},
-        train={"steps": 2, "batch_size": 8, "accumulate": 2, "log_every": 1},
+        train={"steps": 2, "batch_size": 16, "accumulate": 2, "log_every": 1},
         export={"enabled": False},
+        **more,
     )
     root = folder / name
     root.mkdir()
-    config |= {"recipe": "self_rewarding_ppo"}
+    config |= {"recipe": recipe}
+    if recipe != "self_rewarding_ppo":
+        config |= {"rewards": REWARDS}
     flags = f"--xla_force_host_platform_device_count={devices // processes}"
     done = subprocess.run(
         [
@@ -62,20 +88,18 @@ def train(folder, folders, *, devices, processes=1):
 
 
 @pytest.mark.slow
-def test_several_devices_and_processes_are_the_same_run(folders, tmp_path):
-    lines, samples = train(tmp_path, folders, devices=1)
-    assert len(samples) == 16
-    assert lines[1]["self_reward/mean"] > 0.0
-    names = (
-        *("loss", "loss/policy", "loss/value", "grad_norm", "kl", "reward"),
-        *("objective/kl", "objective/scores", "kl/base", "val/explained_variance"),
-        *("completions/mean_length", "entropy", "reward_std"),
-    )
+@pytest.mark.parametrize("recipe", LOGGED)
+def test_several_devices_and_processes_are_the_same_run(folders, tmp_path, recipe):
+    lines, samples = train(tmp_path, folders, recipe, devices=1)
+    assert len(samples) == 32
+    assert all(line["grad_norm"] > 0.0 for line in lines[1:])
+    if recipe == "self_rewarding_ppo":
+        assert lines[1]["self_reward/mean"] > 0.0
     for processes in (1, 2):
-        other, others = train(tmp_path, folders, devices=4, processes=processes)
+        other, others = train(tmp_path, folders, recipe, devices=8, processes=processes)
         assert [x["completion"] for x in others] == [x["completion"] for x in samples]
         for found, wanted in zip(other[1:], lines[1:], strict=True):
-            for name in names:
+            for name in LOGGED[recipe]:
                 np.testing.assert_allclose(
                     found[name], wanted[name], rtol=2e-4, atol=1e-5, err_msg=name
                 )
