@@ -181,6 +181,7 @@ def decode(
     fns = functions.restore()
     processors = processing.restore(arrays)
     head = fns.unembed(params)
+    decoding = decoding_params(fns, params)
     # All at once, because a hash per step costs more in launches than in arithmetic.
     uniforms = step_uniforms(state.keys, state.tokens.shape[1])
 
@@ -198,7 +199,7 @@ def decode(
         )
         positions = state.prompt_lengths + state.step
         out = fns.apply(
-            params,
+            decoding,
             tokens[:, None],
             positions[:, None],
             active.astype(jnp.int32)[:, None],
@@ -229,6 +230,12 @@ def decode(
         )
 
     return jax.lax.while_loop(running, advance, state)
+
+
+def decoding_params(fns: DecodeFns, params: Params) -> Params:
+    """`params` in the form that `fns` decodes single tokens with, if it has one."""
+    prepare = getattr(fns, "for_decoding", None)
+    return params if prepare is None else prepare(params)
 
 
 def step_keys(keys: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,13 @@ import jax.numpy as jnp
 from jaxpost import ops
 from jaxpost.generation._cache_rows import CacheAxes, copy_row, put_rows
 from jaxpost.generation._config import SamplerPlan, SamplerValues
-from jaxpost.generation._decode import TRACES, Functions, step_keys, step_uniforms
+from jaxpost.generation._decode import (
+    TRACES,
+    Functions,
+    decoding_params,
+    step_keys,
+    step_uniforms,
+)
 from jaxpost.generation._processors import (
     Processor,
     ProcessorPlan,
@@ -141,6 +147,7 @@ def serve(
     fns = functions.restore()
     processors = processing.restore(arrays)
     head = fns.unembed(params)
+    params = decoding_params(fns, params)
     waiting = state.waiting
     slots = state.slots
     dropped = orders.dropped.at[slots.record].get(mode="fill", fill_value=False)

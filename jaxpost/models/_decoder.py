@@ -1,14 +1,16 @@
 """The whole decoder as a Flax module, its layers stacked and scanned."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxpost.parallel import Lookup
-from jaxpost.typing import ModelOutput
+from jaxpost.typing import ModelOutput, Params
 
-from ._cache import KVCache
+from ._cache import KVCache, split_layers, stack_layers
 from ._config import DecoderConfig
 from ._layers import Context, DecoderLayer, Embedding, Norm, Projection, ScoreHead
 from ._rope import rope_tables
@@ -44,7 +46,9 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         *,
         lookup: Lookup | None = None,
+        layers: Sequence[Params] | None = None,
     ) -> ModelOutput:
+        """`layers` are the parameters of each layer, to be used instead of a scan."""
         x = self.embed(tokens, lookup)
         if segment_ids is not None:
             # Padding starts at zero, so no bad id or row reaches a gradient through it.
@@ -55,8 +59,24 @@ class Decoder(nnx.Module):
         wide = jnp.promote_types(x.dtype, jnp.float32)
         cos, sin = rope_tables(self.config, positions, wide)
         context = Context(cos, sin, positions, segment_ids)
-        x, cache = self._scan_layers(x, context, cache)
+        x, cache = self._apply_layers(x, context, cache, layers)
         return ModelOutput(self.final_norm(x), cache, {})
+
+    def _apply_layers(self, x, context, cache, layers):
+        if layers is None and cache is not None and cache.by_layer:
+            if x.shape[1] > 1:
+                # A prompt pays for copies of its cache, and a scan compiles sooner.
+                x, cache = self._scan_layers(x, context, stack_layers(cache))
+                return x, split_layers(cache)
+            stacked = nnx.to_pure_dict(nnx.state(self.layers))
+            layers = unstack(stacked, self.config.num_layers)
+        if layers is None:
+            return self._scan_layers(x, context, cache)
+        graph, _ = nnx.split(self.layers)
+        for number, params in enumerate(layers):
+            window = self.config.window_of(number)
+            x, cache = nnx.merge(graph, params)(x, context, window, number, cache)
+        return x, cache
 
     def _scan_layers(self, x, context, cache):
         config = self.config
@@ -80,6 +100,11 @@ class Decoder(nnx.Module):
             _remat(step, config), (x, cache), (stacked, numbers, per_layer)
         )
         return x, cache
+
+
+def unstack(stacked: Params, count: int) -> tuple[Params, ...]:
+    """The parameters of each of `count` layers that are stacked on the first axis."""
+    return tuple(jax.tree.map(lambda x, n=n: x[n], stacked) for n in range(count))
 
 
 def _remat(step, config: DecoderConfig):

@@ -5,7 +5,7 @@ the dtype of their input; norms and softmax in float32 or wider.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,29 +161,51 @@ class Attention(nnx.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query = apply_rope(query, context.cos, context.sin)
         key = apply_rope(key, context.cos, context.sin)
-        key_positions, key_segments = context.positions, context.segments
-        query_segments = context.segments
-        if cache is not None:
+        options: dict[str, Any] = {
+            "window": window,
+            "softcap": self.config.attention_softcap,
+            "scale": self.config.query_scale,
+        }
+        if cache is None:
+            mixed = self._attend(query, key, value, context, **options)
+        else:
             cache, key, value = update_layer(
                 cache, layer, key, value, context.positions, context.segments
             )
-            slots = jnp.arange(key.shape[1], dtype=jnp.int32)
-            key_positions = jnp.broadcast_to(slots[None, :], key.shape[:2])
-            key_segments = None
-        mixed = ops.attention(
+            mixed = self._attend_to_slots(query, key, value, context, **options)
+        return self.o(mixed), cache
+
+    def _attend(self, query, key, value, context, slots=None, **options):
+        segments = context.segments
+        return ops.attention(
             query,
             key,
             value,
             query_positions=context.positions,
-            key_positions=key_positions,
-            query_segments=query_segments,
-            key_segments=key_segments,
-            window=window,
-            softcap=self.config.attention_softcap,
-            scale=self.config.query_scale,
+            key_positions=context.positions if slots is None else slots,
+            query_segments=segments,
+            key_segments=segments if slots is None else None,
             implementation=self.config.attention_implementation,
+            **options,
         )
-        return self.o(mixed), cache
+
+    def _attend_to_slots(self, query, key, value, context, **options):
+        """Attention to the rows of a cache, laid out as there."""
+        if query.shape[1] == 1:
+            segments = context.segments
+            mixed = ops.cached_attention(
+                query[:, 0],
+                key,
+                value,
+                positions=context.positions[:, 0],
+                segments=None if segments is None else segments[:, 0],
+                **options,
+            )
+            return mixed[:, None]
+        key, value = key.transpose(0, 3, 1, 2), value.swapaxes(1, 2)
+        slots = jnp.arange(key.shape[1], dtype=jnp.int32)
+        slots = jnp.broadcast_to(slots[None], key.shape[:2])
+        return self._attend(query, key, value, context, slots, **options)
 
 
 class FeedForward(nnx.Module):

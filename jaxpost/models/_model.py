@@ -14,7 +14,7 @@ from jaxpost.typing import ApplyFn, Head, ModelOutput, Params
 
 from ._cache import KVCache, init_cache
 from ._config import DecoderConfig
-from ._decoder import Decoder
+from ._decoder import Decoder, unstack
 from ._quantize import is_quantized
 
 
@@ -60,9 +60,35 @@ class Model:
             weight, bias = params["head"]["kernel"], params["head"].get("bias")
         return Head(weight, bias, softcap=config.final_softcap)
 
-    def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> KVCache:
-        """An empty cache, `[L, batch, K, length, H]` for keys and for values."""
-        return init_cache(self.config, batch, length, dtype)
+    def init_cache(
+        self,
+        batch: int,
+        length: int,
+        dtype: Any = jnp.float32,
+        *,
+        by_layer: bool | None = None,
+    ) -> KVCache:
+        """An empty cache for `batch` rows of at most `length` positions.
+
+        Args:
+            batch, length, dtype: sizes and element type.
+            by_layer: each layer gets arrays of its own instead of a place in stacked
+                ones, and single tokens are decoded layer by layer instead of in a
+                scan. None does so on CPU, where it is several times as fast.
+        """
+        return init_cache(self.config, batch, length, dtype, by_layer=by_layer)
+
+    def for_decoding(self, params: Params) -> Params:
+        """`params` as single tokens are decoded with; `apply` takes them too.
+
+        On CPU, where every look into a stacked array copies what it reads, `layers` is
+        a tuple of each layer's parameters, which `apply` does not scan. Elsewhere they
+        stay as they are. Called once, before a loop.
+        """
+        if jax.default_backend() != "cpu":
+            return params
+        layers = unstack(params["layers"], self.config.num_layers)
+        return {**params, "layers": layers}
 
     def replace(self, *, params: Params) -> "Model":
         """The same model with other parameters."""
@@ -165,7 +191,12 @@ def _apply_of(config: DecoderConfig, lookup: parallel.Lookup | None) -> ApplyFn:
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> ModelOutput:
+        layers = params["layers"] if isinstance(params["layers"], tuple) else None
+        if layers is not None:
+            params = {**params, "layers": layers[0]}
         decoder = nnx.merge(graph, params)
-        return decoder(tokens, positions, segment_ids, cache, lookup=lookup)
+        return decoder(
+            tokens, positions, segment_ids, cache, lookup=lookup, layers=layers
+        )
 
     return apply

@@ -18,11 +18,12 @@ def setup(name, batch=2, length=LENGTH):
     return model, tokens, positions
 
 
+@pytest.mark.parametrize("by_layer", [True, False])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma2", "phi4"])
-def test_prefill_then_steps_equal_the_full_pass(name):
+def test_prefill_then_steps_equal_the_full_pass(name, by_layer):
     model, tokens, positions = setup(name)
     full = model.apply(model.params, tokens, positions).hidden
-    cache = model.init_cache(2, 13, jnp.float32)
+    cache = model.init_cache(2, 13, jnp.float32, by_layer=by_layer)
     output = model.apply(model.params, tokens[:, :4], positions[:, :4], None, cache)
     found = [output.hidden]
     for t in range(4, LENGTH):
@@ -73,21 +74,48 @@ def test_a_row_can_be_reused_and_a_finished_row_left_alone():
     again = model.apply(model.params, other, positions[:, :4], segments, output.cache)
     alone = model.apply(model.params, other, positions[:, :4]).hidden
     np.testing.assert_allclose(again.hidden[1], alone[1], atol=1e-5)
-    np.testing.assert_array_equal(again.cache.k[:, 0], output.cache.k[:, 0])
-    np.testing.assert_array_equal(again.cache.v[:, 0], output.cache.v[:, 0])
+    for one, other in zip(again.cache.k, output.cache.k, strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+    for one, other in zip(again.cache.v, output.cache.v, strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
 
 
 def test_cache_shape_and_dtype():
     model, tokens, positions = setup("llama")
-    cache = model.init_cache(2, 16, jnp.bfloat16)
-    assert cache.k.shape == cache.v.shape == (3, 2, 2, 16, 6)
+    cache = model.init_cache(2, 16, jnp.bfloat16, by_layer=False)
+    assert cache.k.shape == (3, 2, 2, 6, 16)
+    assert cache.v.shape == (3, 2, 2, 16, 6)
     output = model.apply(model.params, tokens, positions, None, cache)
     assert output.cache.k.dtype == jnp.bfloat16
     assert output.hidden.dtype == jnp.float32
+    by_layer = model.init_cache(2, 16, jnp.bfloat16, by_layer=True)
+    assert [k.shape for k in by_layer.k] == [(2, 2, 6, 16)] * 3
+    assert jax.tree.leaves(by_layer)[0].dtype == jnp.bfloat16
 
 
-def test_a_decoding_loop_holds_one_cache():
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_parameters_for_decoding_give_the_same(name):
+    model, tokens, positions = setup(name)
+    params = model.for_decoding(model.params)
+    assert isinstance(params["layers"], tuple)
+    for cache in (None, model.init_cache(2, LENGTH, by_layer=True)):
+        found = model.apply(params, tokens, positions, None, cache).hidden
+        full = model.apply(model.params, tokens, positions).hidden
+        np.testing.assert_allclose(found, full, atol=1e-5, rtol=1e-5)
+
+
+def test_on_accelerators_layers_stay_stacked(monkeypatch):
+    model, _, _ = setup("llama")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert model.for_decoding(model.params) is model.params
+    assert not model.init_cache(2, 8).by_layer
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_a_decoding_loop_holds_one_cache(by_layer, monkeypatch):
     """No second cache beside the one carried by the loop, whatever its length."""
+    if not by_layer:  # as it runs where caches are stacked
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     model, _, _ = setup("llama")
     length = 4096
 
@@ -101,10 +129,11 @@ def test_a_decoding_loop_holds_one_cache():
         start = (jnp.int32(0), token, cache)
         return jax.lax.while_loop(lambda carry: carry[0] < 9, step, start)
 
-    cache = jax.eval_shape(lambda: model.init_cache(4, length))
+    cache = jax.eval_shape(lambda: model.init_cache(4, length, by_layer=by_layer))
     token = jax.ShapeDtypeStruct((4, 1), jnp.int32)
     compiled = jax.jit(decode, donate_argnums=1).lower(model.params, cache, token)
     extra = compiled.compile().memory_analysis().temp_size_in_bytes
-    layer = cache.k.size * 4 // cache.k.shape[0]
-    # Reading takes copies of one layer's keys and values, not of the whole cache.
+    one = jax.eval_shape(lambda: model.init_cache(4, length, by_layer=True))
+    layer = one.k[0].size * 4
+    # Reading copies one layer's keys and values at most, not the whole cache.
     assert extra < 3 * layer

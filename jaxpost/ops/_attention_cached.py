@@ -1,0 +1,137 @@
+"""Attention of one new token per row to its cache, in the cache's own layout."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def cached_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    positions: jax.Array,
+    segments: jax.Array | None = None,
+    window: int | jax.Array | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """`attention` of a single query per row to the slots of a cache.
+
+    Slot `s` holds the key and value of position `s`; a query sees those from its own
+    position down. The layout lets both products read the cache as it lies. Scores and
+    softmax are float32 or wider. Whatever a query may not see changes nothing for it,
+    even NaN; a query of segment 0 gets zeros.
+
+    Args:
+        query: `[B, N, H]`.
+        key: `[B, K, H, S]` with `N` a multiple of `K`, any float dtype.
+        value: `[B, K, S, H]`.
+        positions: of the queries, int32 `[B]`.
+        segments: of the queries, int32 `[B]`, 0 where padded, or None.
+        window: how many positions back a query sees, itself included; an int, an int32
+            scalar, or None for all.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        scale: factor on scores, before the cap; None is `H ** -0.5`.
+
+    Returns:
+        `[B, N, H]` in the dtype of `query`.
+
+    Raises:
+        ValueError: `N` is not a multiple of `K`.
+        AssertionError: shapes differ.
+
+    Source: as `attention`.
+    """
+    batch, heads, width = query.shape
+    kv_heads, slots = key.shape[1], key.shape[3]
+    chex.assert_shape(key, (batch, kv_heads, width, slots))
+    chex.assert_shape(value, (batch, kv_heads, slots, width))
+    chex.assert_shape(positions, (batch,))
+    if heads % kv_heads:
+        raise ValueError(
+            f"query has {heads} heads, which is not a multiple of the {kv_heads} heads "
+            "of key and value."
+        )
+    seen = _seen_slots(slots, positions, segments, window)
+    factor = float(width**-0.5 if scale is None else scale)
+    # Groups of heads that share keys and values are the rows of one product.
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
+
+    # Elsewhere than on CPU a branch costs more than the copies it spares.
+    mix = _mix_in_place if jax.default_backend() == "cpu" else _mix_seen
+    mixed = mix(grouped, key, value, seen, softcap, factor)
+    mixed = mixed.reshape(query.shape)
+    if segments is not None:
+        mixed = jnp.where((segments != 0)[:, None, None], mixed, jnp.zeros_like(mixed))
+    return mixed.astype(query.dtype)
+
+
+def _seen_slots(slots, positions, segments, window):
+    """Which slots each query sees, bool `[B, S]`."""
+    distance = positions[:, None] - jnp.arange(slots, dtype=jnp.int32)[None]
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    if segments is not None:
+        seen &= (segments != 0)[:, None]
+    return seen
+
+
+def _mix_seen(query, key, value, seen, softcap, scale):
+    """Values mixed per query, `[B, K, G, H]`; what nobody sees is zeroed first.
+
+    Args:
+        query: `[B, K, G, H]`.
+        key, value: as in `cached_attention`.
+        seen: bool `[B, S]`.
+    """
+    visible = seen[:, None, None, :]
+    key = jnp.where(visible, key, jnp.zeros_like(key))
+    value = jnp.where(visible.swapaxes(2, 3), value, jnp.zeros_like(value))
+    return _mix(query, key, value, seen, softcap, scale)[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def _mix_in_place(query, key, value, seen, softcap, scale):
+    """`_mix_seen` that copies keys and values only where it has to.
+
+    What nobody sees has weight 0, and harms only if it is not finite.
+    """
+    mixed, checksum = _mix(query, key, value, seen, softcap, scale)
+    return jax.lax.cond(
+        jnp.isfinite(checksum),
+        lambda: mixed,
+        lambda: _mix_seen(query, key, value, seen, softcap, scale),
+    )
+
+
+@_mix_in_place.defjvp
+def _mix_in_place_jvp(softcap, scale, primals, tangents):
+    # A gradient through both branches would multiply zeros with what is not finite.
+    arrays, seen = primals[:3], primals[3]
+
+    def mix(query, key, value):
+        return _mix_seen(query, key, value, seen, softcap, scale)
+
+    return jax.jvp(mix, arrays, tangents[:3])
+
+
+def _mix(query, key, value, seen, softcap, scale):
+    """As `_mix_seen`, of all keys; and a number that is finite if all is."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = scale * jnp.matmul(query, key, preferred_element_type=wide)
+    checksum = jnp.sum(scores)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    mask = seen[:, None, None, :]
+    scores = jnp.where(mask, scores, jnp.finfo(wide).min)
+    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.where(mask, jnp.exp(scores - peak), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    mixed = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=wide)
+    mixed = mixed / jnp.where(total == 0, jnp.ones_like(total), total)
+    return mixed, checksum + jnp.sum(mixed)
