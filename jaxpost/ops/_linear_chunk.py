@@ -281,14 +281,18 @@ def _add_product(settings, total, left, right):
     depth = total.shape[0]
     wanted = -(-total.size * total.dtype.itemsize // TILE_BYTES)
     tiles = next((n for n in range(wanted, depth + 1) if depth % n == 0), 1)
-    if tiles == 1 or jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu":
         return total + _dot(settings, left, right, 0, 0)
+    # Rows by columns is the form its faster kernels know; `left` is the small one.
+    left = lax.optimization_barrier(left.T)
+    if tiles == 1:
+        return total + _dot(settings, left, right, 1, 0)
     size = depth // tiles
 
     def body(j, total):
-        part = lax.dynamic_slice_in_dim(left, j * size, size, axis=1)
+        part = lax.dynamic_slice_in_dim(left, j * size, size, axis=0)
         old = lax.dynamic_slice_in_dim(total, j * size, size, axis=0)
-        new = old + _dot(settings, part, right, 0, 0)
+        new = old + _dot(settings, part, right, 1, 0)
         return lax.dynamic_update_slice_in_dim(total, new, j * size, axis=0)
 
     return lax.fori_loop(0, tiles, body, total)
