@@ -146,7 +146,11 @@ class ApplyFn(Protocol):
 
 
 class DecodeFns(Protocol):
-    """What the sampler needs of a model; a `models.Model` has it."""
+    """What the sampler needs of a model; a `models.Model` has it.
+
+    It may also have `for_decoding(params)`, called once before a decoding loop: the
+    parameters in the form in which `apply` takes single tokens fastest.
+    """
 
     @property
     def apply(self) -> ApplyFn: ...

@@ -37,12 +37,13 @@ def trace_counts() -> dict[str, int]:
     return {name: TRACES[name] for name in PROGRAMS}
 
 
-class _Three(NamedTuple):
+class _Bare(NamedTuple):
     """Just the functions; bound methods of one object compare equal."""
 
     apply: Any
     unembed: Any
     init_cache: Any
+    for_decoding: Any
 
 
 class Functions(NamedTuple):
@@ -52,7 +53,7 @@ class Functions(NamedTuple):
     parameters put into it recompile nothing, and old ones are not kept alive.
 
     Fields:
-        structure: tree structure of the object, or of a `_Three` if it is no pytree.
+        structure: tree structure of the object, or of a `_Bare` if it is no pytree.
         leaves: what is left of its leaves, None where there was an array.
     """
 
@@ -63,8 +64,9 @@ class Functions(NamedTuple):
     def of(cls, fns: DecodeFns) -> "Functions":
         leaves, structure = jax.tree.flatten(fns)
         if jax.tree_util.treedef_is_leaf(structure):
-            three = _Three(fns.apply, fns.unembed, fns.init_cache)
-            leaves, structure = jax.tree.flatten(three)
+            prepare = getattr(fns, "for_decoding", None)
+            bare = _Bare(fns.apply, fns.unembed, fns.init_cache, prepare)
+            leaves, structure = jax.tree.flatten(bare)
         return cls(structure, tuple(None if is_array(x) else x for x in leaves))
 
     def restore(self) -> DecodeFns:

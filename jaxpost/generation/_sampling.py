@@ -146,32 +146,26 @@ def spread(logits: jax.Array) -> Spread:
     return Spread(weights, blocks, total, entropies)
 
 
-def draw_index(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
+def draw_index(weights: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Index drawn in proportion to weights, by inverse CDF, `[B, n] -> [B]`.
 
     Made for small `n`: the cumulative sum is a product with a triangle of ones.
     An index of weight 0 is never returned unless all are 0.
+
+    Returns:
+        The index, int32, and whether it is within `NEAR` of another one, bool.
     """
-    n = weights.shape[-1]
-    triangle = jnp.triu(jnp.ones((n, n), weights.dtype))
-    cumulative = weights @ triangle
-    reached = cumulative > (uniforms * cumulative[:, -1])[:, None]
-    positive = weights > 0.0
-    index = jnp.arange(n, dtype=jnp.int32)[None]
-    first = jnp.min(jnp.where(reached & positive, index, n), axis=-1)
-    # Rounding may leave the target just above the last sum.
-    last = jnp.max(jnp.where(positive, index, 0), axis=-1)
-    return jnp.minimum(first, last)
-
-
-def is_near(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """Whether `draw_index` is within `NEAR` of another index, `[B, n] -> [B]` bool."""
     n = weights.shape[-1]
     cumulative = weights @ jnp.triu(jnp.ones((n, n), weights.dtype))
     total = cumulative[:, -1:]
-    return jnp.any(
-        jnp.abs(cumulative - uniforms[:, None] * total) < NEAR * total, axis=-1
-    )
+    target = uniforms[:, None] * total
+    near = jnp.any(jnp.abs(cumulative - target) < NEAR * total, axis=-1)
+    positive = weights > 0.0
+    index = jnp.arange(n, dtype=jnp.int32)[None]
+    first = jnp.min(jnp.where((cumulative > target) & positive, index, n), axis=-1)
+    # Rounding may leave the target just above the last sum.
+    last = jnp.max(jnp.where(positive, index, 0), axis=-1)
+    return jnp.minimum(first, last), near
 
 
 def _count(condition: jax.Array) -> jax.Array:
@@ -210,12 +204,12 @@ def _draw_blocked(
 ) -> tuple[jax.Array, jax.Array]:
     """Token by two-level inverse CDF, int32 `[B]`; and whether it is near another."""
     vocab = weights.shape[-1]
-    block = draw_index(blocks, uniforms[:, 0])
+    block, near_block = draw_index(blocks, uniforms[:, 0])
     columns = block[:, None] * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)[None]
     inside = jnp.take_along_axis(weights, jnp.minimum(columns, vocab - 1), axis=-1)
     inside = jnp.where(columns < vocab, inside, 0.0)
-    near = is_near(blocks, uniforms[:, 0]) | is_near(inside, uniforms[:, 1])
-    return block * BLOCK + draw_index(inside, uniforms[:, 1]), near
+    token, near_token = draw_index(inside, uniforms[:, 1])
+    return block * BLOCK + token, near_block | near_token
 
 
 def _draw_top_k(
@@ -236,9 +230,9 @@ def _draw_top_k(
     if plan.use_min_p:
         near |= _touches(weights, values.min_p)
         weights = jnp.where(weights >= values.min_p, weights, 0.0)
-    index = draw_index(weights, uniforms)
+    index, near_index = draw_index(weights, uniforms)
     sampling_logps = _pick(top, index) - jnp.log(jnp.sum(weights, axis=-1))
-    return _pick(ids, index), sampling_logps, near | is_near(weights, uniforms)
+    return _pick(ids, index), sampling_logps, near | near_index
 
 
 def _touches(weights: jax.Array, border: jax.Array | np.ndarray) -> jax.Array:

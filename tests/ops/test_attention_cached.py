@@ -8,6 +8,7 @@ from jax.test_util import check_grads
 from oracles import attention as oracle
 
 from jaxpost import ops
+from jaxpost.ops import _attention_cached
 
 SLOTS = 11
 POSITIONS = jnp.asarray([4, 10, 0], jnp.int32)
@@ -56,6 +57,29 @@ def test_equals_the_oracle(heads, options, strict_dtypes):
     arrays = inputs(heads=heads[0], kv_heads=heads[1])
     found = attend(*arrays, **options)
     np.testing.assert_allclose(found, expected(*arrays, **options), atol=1e-5)
+
+
+@pytest.mark.parametrize("last", [0, 2, 3, 6, 7, 15])
+def test_long_caches_are_read_as_far_as_they_are_used(last, monkeypatch):
+    """Quarters end at slots 4, 8 and 16; a padded row does not count."""
+    monkeypatch.setattr(_attention_cached, "LONG_CACHE", 8)
+    query, key, value = inputs()
+    key, value = (jnp.tile(x, (1, 1, 2, 1))[:, :, :16] for x in (key, value))
+    value = value.at[:2, :, last + 1 :].set(jnp.nan)
+    positions = jnp.asarray([last, 0, 15], jnp.int32)
+    segments = jnp.asarray([1, 1, 0], jnp.int32)
+    found = attend(query, key, value, positions=positions, segments=segments)
+    for row in range(2):
+        seen = slice(0, int(positions[row]) + 1)
+        alone = oracle.attention(
+            query[row : row + 1, None],
+            key[row : row + 1, :, seen].swapaxes(1, 2),
+            value[row : row + 1, :, seen].swapaxes(1, 2),
+            query_positions=positions[row : row + 1, None],
+            key_positions=np.arange(seen.stop)[None],
+        )
+        np.testing.assert_allclose(found[row], alone[0, 0], atol=1e-5)
+    np.testing.assert_array_equal(found[2], 0.0)
 
 
 def test_padded_rows_are_zero():
