@@ -85,22 +85,24 @@ def update_layer(
     Returns:
         The updated cache; keys `[B, K, H, S]` and values `[B, K, S, H]` of this layer.
     """
-    first_key = cache.k[0]
+    like = cache.k[0]
     slots = positions
     if segments is not None:
-        slots = jnp.where(segments != 0, positions, first_key.shape[-1])
+        slots = jnp.where(segments != 0, positions, like.shape[-1])
     rows = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]
-    key, value = key.astype(first_key.dtype), value.astype(first_key.dtype)
-    if cache.by_layer:
+    key, value = key.astype(like.dtype), value.astype(like.dtype)
+    k, v = cache
+    if isinstance(k, tuple):
         assert isinstance(layer, int)
-        keys = cache.k[layer].at[rows, :, :, slots].set(key, mode="drop")
-        values = cache.v[layer].at[rows, :, slots].set(value, mode="drop")
-        k = (*cache.k[:layer], keys, *cache.k[layer + 1 :])
-        v = (*cache.v[:layer], values, *cache.v[layer + 1 :])
+        keys = k[layer].at[rows, :, :, slots].set(key, mode="drop")
+        values = v[layer].at[rows, :, slots].set(value, mode="drop")
+        k = (*k[:layer], keys, *k[layer + 1 :])
+        v = (*v[:layer], values, *v[layer + 1 :])
     else:
+        assert not isinstance(v, tuple)
         # A scatter at (layer, row, slot) updates in place inside a decoding loop.
-        k = cache.k.at[layer, rows, :, :, slots].set(key, mode="drop")
-        v = cache.v.at[layer, rows, :, slots].set(value, mode="drop")
+        k = k.at[layer, rows, :, :, slots].set(key, mode="drop")
+        v = v.at[layer, rows, :, slots].set(value, mode="drop")
         keys = jax.lax.dynamic_index_in_dim(k, layer, keepdims=False)
         values = jax.lax.dynamic_index_in_dim(v, layer, keepdims=False)
     return KVCache(k, v), keys, values
