@@ -235,7 +235,7 @@ def decode(
 
 
 def decoding_params(fns: DecodeFns, params: Params) -> Params:
-    """`params` in the form that `fns` decodes single tokens with, if it has one."""
+    """`params` in the form in which `fns` decodes single tokens, if it has one."""
     prepare = getattr(fns, "for_decoding", None)
     return params if prepare is None else prepare(params)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxpost.generation._cache_rows import CacheAxes
 from jaxpost.generation._config import SamplerPlan, SamplerValues
-from jaxpost.generation._decode import Functions
+from jaxpost.generation._decode import Functions, decoding_params
 from jaxpost.generation._generate import bucket_length
 from jaxpost.generation._processors import Processor, ProcessorPlan
 from jaxpost.generation._slot_state import (
@@ -148,6 +148,7 @@ class Server:
 
     def run(self) -> Iterator[Finished]:
         programs = self.programs
+        self.decoding = decoding_params(programs.functions.restore(), programs.params)
         self.state = open_slots(
             programs.functions,
             programs.params,
@@ -236,7 +237,7 @@ class Server:
         processing, arrays = ProcessorPlan.of(programs.processors)
         self.state, report = serve(
             programs.functions,
-            programs.params,
+            self.decoding,
             self.state,
             orders,
             programs.values,

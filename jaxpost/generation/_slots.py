@@ -15,13 +15,7 @@ import jax.numpy as jnp
 from jaxpost import ops
 from jaxpost.generation._cache_rows import CacheAxes, copy_row, put_rows
 from jaxpost.generation._config import SamplerPlan, SamplerValues
-from jaxpost.generation._decode import (
-    TRACES,
-    Functions,
-    decoding_params,
-    step_keys,
-    step_uniforms,
-)
+from jaxpost.generation._decode import TRACES, Functions, step_keys, step_uniforms
 from jaxpost.generation._processors import (
     Processor,
     ProcessorPlan,
@@ -141,13 +135,13 @@ def serve(
 ) -> tuple[State, Report]:
     """Decode for some steps, filling free slots from the queue.
 
-    `processing` and `arrays` are what `ProcessorPlan.of` makes of the processors.
+    `params` are those of `decoding_params`; `processing` and `arrays` are what
+    `ProcessorPlan.of` makes of the processors.
     """
     TRACES["serve"] += 1
     fns = functions.restore()
     processors = processing.restore(arrays)
     head = fns.unembed(params)
-    params = decoding_params(fns, params)
     waiting = state.waiting
     slots = state.slots
     dropped = orders.dropped.at[slots.record].get(mode="fill", fill_value=False)

@@ -214,7 +214,8 @@ class DecoderConfig:
         remat: what the backward pass recomputes: "none", only what is elementwise
             (which is faster than storing it); "dots", attention too; "full", each layer
             from its input.
-        attention_implementation: passed to `ops.attention`; None chooses.
+        attention_implementation: passed to `ops.attention`; None chooses. Single tokens
+            with a cache go through `ops.cached_attention` instead.
         experts: mixture of experts in place of the feed-forward block, or None.
         lora: adapters beside the matrix products, or None.
 

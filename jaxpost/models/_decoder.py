@@ -1,5 +1,6 @@
 """The whole decoder as a Flax module, its layers stacked and scanned."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -102,6 +103,7 @@ class Decoder(nnx.Module):
         return x, cache
 
 
+@functools.partial(jax.jit, static_argnames=("count",))
 def unstack(stacked: Params, count: int) -> tuple[Params, ...]:
     """The parameters of each of `count` layers that are stacked on the first axis."""
     return tuple(jax.tree.map(lambda x, n=n: x[n], stacked) for n in range(count))

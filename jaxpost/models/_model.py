@@ -74,7 +74,7 @@ class Model:
             batch, length, dtype: sizes and element type.
             by_layer: each layer gets arrays of its own instead of a place in stacked
                 ones, and single tokens are decoded layer by layer instead of in a
-                scan. None does so on CPU, where it is several times as fast.
+                scan. None does so on CPU, where that spares copies.
         """
         return init_cache(self.config, batch, length, dtype, by_layer=by_layer)
 

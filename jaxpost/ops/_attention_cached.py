@@ -58,6 +58,8 @@ def cached_attention(
             f"query has {heads} heads, which is not a multiple of the {kv_heads} heads "
             "of key and value."
         )
+    if segments is not None:
+        query = jnp.where((segments != 0)[:, None, None], query, jnp.zeros_like(query))
     seen = _seen_slots(slots, positions, segments, window)
     factor = float(width**-0.5 if scale is None else scale)
     # Groups of heads that share keys and values are the rows of one product.
@@ -72,10 +74,7 @@ def cached_attention(
         mixed = _mix_beginning(
             grouped, key, value, seen, jnp.max(needed), softcap, factor
         )
-    mixed = mixed.reshape(query.shape)
-    if segments is not None:
-        mixed = jnp.where((segments != 0)[:, None, None], mixed, jnp.zeros_like(mixed))
-    return mixed.astype(query.dtype)
+    return mixed.reshape(query.shape).astype(query.dtype)
 
 
 def _seen_slots(slots, positions, segments, window):

@@ -89,6 +89,20 @@ def test_padded_rows_are_zero():
     np.testing.assert_array_equal(found[1], 0.0)
 
 
+def test_what_is_padded_reaches_no_gradient():
+    (query, key, value), segments = inputs(), jnp.asarray([1, 0, 2], jnp.int32)
+    spoilt = [x.at[1].set(jnp.nan) for x in (query, key, value)]
+
+    def loss(*arrays):
+        return jnp.sum(attend(*arrays, segments=segments) ** 2)
+
+    found = jax.grad(loss, (0, 1, 2))(*spoilt)
+    clean = jax.grad(loss, (0, 1, 2))(query, key, value)
+    for got, wanted in zip(found, clean, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-6)
+        np.testing.assert_array_equal(got[1], 0.0)
+
+
 def test_window_may_be_traced():
     arrays = inputs()
     f = jax.jit(lambda window: attend(*arrays, window=window))
