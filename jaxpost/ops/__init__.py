@@ -3,6 +3,7 @@
 from jaxpost.ops._answers import answer_sums, per_answer
 from jaxpost.ops._attention import attention
 from jaxpost.ops._attention_cached import cached_attention
+from jaxpost.ops._attention_chunked import attention_block
 from jaxpost.ops._branches import branch_numbers, predictors
 from jaxpost.ops._chunks import default_chunk_size
 from jaxpost.ops._dtypes import at_least_float32, compute_dtype
@@ -32,6 +33,7 @@ __all__ = [
     "answer_sums",
     "at_least_float32",
     "attention",
+    "attention_block",
     "branch_numbers",
     "cached_attention",
     "compute_dtype",

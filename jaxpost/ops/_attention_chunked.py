@@ -3,8 +3,9 @@
 Memory is linear in length: the forward pass keeps outputs and log-sum-exps, the
 backward pass recomputes one block of scores at a time (Dao et al. 2022,
 "FlashAttention", algorithms 1 and 4). Which key blocks a query block may see is data
-(positions and segments are traced), so the inner loop has bounds found at run time:
-causality, windows, packing and padding skip work without a promise from the caller.
+(positions and segments are traced), so the inner loop goes through a list made at run
+time: causality, windows, packing, other branches and padding skip work without a
+promise from the caller.
 """
 
 import functools
@@ -69,6 +70,11 @@ class _Layout(NamedTuple):
     scale: float
 
 
+def attention_block() -> int:
+    """Most queries, and keys, of a block of "chunked" attention."""
+    return _BLOCK_CPU if jax.default_backend() == "cpu" else _BLOCK_ACCELERATOR
+
+
 def chunked_attention(
     query: jax.Array,
     key: jax.Array,
@@ -80,9 +86,7 @@ def chunked_attention(
     block: int | None = None,
 ) -> jax.Array:
     """See `attention`; `mask` is the tuple of arguments of `allowed_pairs`."""
-    if block is None:
-        on_cpu = jax.default_backend() == "cpu"
-        block = _BLOCK_CPU if on_cpu else _BLOCK_ACCELERATOR
+    block = attention_block() if block is None else block
     length, keys = query.shape[1], key.shape[1]
     query_blocks, key_blocks = -(-length // block), -(-keys // block)
     pad_queries = -length % query_blocks
@@ -132,10 +136,11 @@ def _forward(layout, query, key, value, mask):
     rows = (*queries.shape[1:3], size)  # [B, K, G * block]
 
     def query_step(_, inputs):
-        number, block_query, low, high = inputs
+        number, block_query, seen_blocks, count = inputs
 
-        def key_step(j, carry):
+        def key_step(turn, carry):
             peak, total, mixed = carry
+            j = seen_blocks[turn]
             scores, _ = _scores(block_query, keys[j], layout)
             seen = _pairs(blocks, number, j, size)
             scores = jnp.where(seen, scores, _LOWEST)
@@ -151,23 +156,23 @@ def _forward(layout, query, key, value, mask):
             jnp.zeros(rows, wide),
             jnp.zeros((*rows, width), wide),
         )
-        peak, total, mixed = jax.lax.fori_loop(low, high, key_step, start)
+        peak, total, mixed = jax.lax.fori_loop(0, count, key_step, start)
         empty = total == 0
         safe = jnp.where(empty, 1.0, total)
         lse = jnp.where(empty, jnp.inf, peak + jnp.log(safe))
         return None, ((mixed / safe[..., None]).astype(query.dtype), lse)
 
     numbers = jnp.arange(layout.query_blocks, dtype=jnp.int32)
-    bounds = checkpoint_name(_key_bounds(blocks), "attention")
-    _, (mixed, lse) = jax.lax.scan(query_step, None, (numbers, queries, *bounds))
+    lists = checkpoint_name(_seen_blocks(blocks), "attention")
+    _, (mixed, lse) = jax.lax.scan(query_step, None, (numbers, queries, *lists))
     # Named for rematerialisation policies: costly to compute, cheap to keep.
     mixed = checkpoint_name(_from_query_blocks(mixed, layout), "attention")
     lse = checkpoint_name(lse, "attention")
-    return mixed, (query, key, value, mask, mixed, lse, bounds)
+    return mixed, (query, key, value, mask, mixed, lse, lists)
 
 
 def _backward(layout, residuals, gradient):
-    query, key, value, mask, mixed, lse, bounds = residuals
+    query, key, value, mask, mixed, lse, lists = residuals
     query_positions, key_positions, query_segments, key_segments, window = mask
     wide = jnp.promote_types(query.dtype, jnp.float32)
     # Rows that nothing depends on take no part, so their NaNs do not spread.
@@ -185,10 +190,12 @@ def _backward(layout, residuals, gradient):
     size = queries.shape[3]
 
     def query_step(carry, inputs):
-        number, block_query, block_gradient, block_delta, block_lse, low, high = inputs
+        number, block_query, block_gradient, block_delta, block_lse = inputs[:5]
+        seen_blocks, count = inputs[5:]
 
-        def key_step(j, carry):
+        def key_step(turn, carry):
             d_query, d_keys, d_values = carry
+            j = seen_blocks[turn]
             scores, slope = _scores(block_query, keys[j], layout)
             seen = _pairs(blocks, number, j, size)
             weights = jnp.where(seen, jnp.exp(scores - block_lse[..., None]), 0.0)
@@ -206,12 +213,12 @@ def _backward(layout, residuals, gradient):
             return d_query, d_keys.at[j].add(d_key), d_values.at[j].add(d_value)
 
         start = (jnp.zeros(block_query.shape, wide), *carry)
-        d_query, *carry = jax.lax.fori_loop(low, high, key_step, start)
+        d_query, *carry = jax.lax.fori_loop(0, count, key_step, start)
         return tuple(carry), d_query
 
     numbers = jnp.arange(layout.query_blocks, dtype=jnp.int32)
     zeros = jnp.zeros(keys.swapaxes(3, 4).shape, wide)
-    inputs = (numbers, queries, gradients, deltas, lse, *bounds)
+    inputs = (numbers, queries, gradients, deltas, lse, *lists)
     (d_keys, d_values), d_queries = jax.lax.scan(query_step, (zeros, zeros), inputs)
     d_keys, d_values = d_keys.swapaxes(3, 4), d_values.swapaxes(3, 4)
     d_query = layout.scale * _from_query_blocks(d_queries, layout)
@@ -283,10 +290,11 @@ def _pairs(blocks: _MaskBlocks, i, j, size: int) -> jax.Array:
     return jnp.tile(allowed, (1, groups, 1))[:, None]
 
 
-def _key_bounds(blocks: _MaskBlocks) -> tuple[jax.Array, jax.Array]:
-    """First and one past the last key block that each query block may see, `[Q]`.
+def _seen_blocks(blocks: _MaskBlocks) -> tuple[jax.Array, jax.Array]:
+    """Key blocks that each query block may see, ascending `[Q, S]`, and how many `[Q]`;
+    what comes after those is of no use.
 
-    Blocks are compared by extremes, so the bounds may be too wide, never too narrow.
+    Blocks are compared by extremes, so there may be too many of them, never too few.
     """
     valid_query = blocks.query_segments != 0
     first_query, last_query = _extremes(blocks.query_positions, valid_query)
@@ -310,10 +318,9 @@ def _key_bounds(blocks: _MaskBlocks) -> tuple[jax.Array, jax.Array]:
         )
     touch &= jnp.any(valid_query, axis=2)[:, None] & jnp.any(valid_key, axis=2)[None]
     some = jnp.any(touch, axis=2)
-    count = some.shape[1]
-    numbers = jnp.arange(count, dtype=jnp.int32)[None, :]
-    low = jnp.min(jnp.where(some, numbers, count), axis=1)
-    return low, jnp.max(jnp.where(some, numbers + 1, 0), axis=1)
+    numbers = jnp.arange(some.shape[1], dtype=jnp.int32)
+    numbers = jnp.sort(jnp.where(some, numbers, some.shape[1]), axis=1)
+    return numbers, jnp.sum(some, axis=1, dtype=jnp.int32)
 
 
 def _overlap(queries, keys) -> jax.Array:

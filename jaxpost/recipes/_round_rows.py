@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpost import data, generation, losses, parallel, rewards
+from jaxpost import data, generation, losses, ops, parallel, rewards
 from jaxpost.typing import BRANCH
 
 STEP = 64
@@ -145,9 +145,10 @@ def plan_rows(
     """Chooses how many answers share a row with their prompt.
 
     More of them save prompt tokens but attend over longer rows: the products of a
-    layer take about 24 D^2 operations a token, attention 2 D times the row's length,
-    and its operations, between which scores are stored, take `_attention_weight` times
-    as long.
+    layer take about 24 D^2 operations a token, attention 4 D for each token it looks
+    at, and its operations, between which scores are stored, take `_attention_weight`
+    times as long. Of other answers it looks at about a block, the rest being skipped;
+    at all of them with cuDNN.
 
     Args:
         samples: G; a divisor of it is chosen.
@@ -158,7 +159,11 @@ def plan_rows(
 
     def cost(count: int) -> float:
         width = prompt + count * answer
-        attention = _attention_weight() * 2.0 * hidden * width**2
+        reach = width
+        if jax.default_backend() != "gpu":
+            reach = min(width, prompt + answer + ops.attention_block())
+        pairs = reach * (width - reach / 2)
+        attention = _attention_weight() * 4.0 * hidden * pairs
         return (24.0 * hidden**2 * width + attention) / count
 
     divisors = [count for count in range(1, samples + 1) if samples % count == 0]
@@ -169,8 +174,8 @@ def plan_rows(
 
 
 def _attention_weight() -> float:
-    """Eight on a CPU, where an update took 4.8, 5.4, 5.4 and 6.0 s with 1, 2, 4 and 8
-    answers a row (`benchmarks/rivals/grpo_jaxpost.py --answers_per_row`, 2 cores)."""
+    """Eight on a CPU, where an update took 4.4, 5.0 and 4.7 s with 1, 4 and 8 answers a
+    row (`benchmarks/rivals/grpo_jaxpost.py --answers_per_row`, 2 cores)."""
     return 8.0 if jax.default_backend() == "cpu" else 1.0
 
 

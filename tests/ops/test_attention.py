@@ -11,7 +11,9 @@ from jax.test_util import check_grads
 from oracles import attention as oracle
 
 from jaxpost import ops
+from jaxpost.ops import _attention_chunked as chunked
 from jaxpost.ops._attention_chunked import chunked_attention
+from jaxpost.typing import BRANCH
 
 IMPLEMENTATIONS = ("xla", "chunked")
 SMALL_BLOCK = 5  # makes several uneven blocks out of toy lengths
@@ -248,6 +250,36 @@ def test_jit_and_vmap(implementation):
     one_by_one = jax.tree.map(lambda x: x[:, None], (arrays, options))
     mapped = jax.vmap(f)(*one_by_one)[:, 0]
     np.testing.assert_allclose(mapped, eager, atol=1e-6)
+
+
+def branches(*lengths):
+    """Positions and segments of a row whose first part is followed by answers to it."""
+    first = lengths[0]
+    starts = [0] + [first] * (len(lengths) - 1)
+    positions = [start + np.arange(n) for start, n in zip(starts, lengths, strict=True)]
+    segments = np.repeat(1 + BRANCH * np.arange(len(lengths)), lengths)
+    return np.concatenate(positions).astype(np.int32), segments.astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[(8, 8, 8, 8)], [(3, 9, 7, 13), (11, 5, 12, 4)], [(1, 1, 29, 1), (8, 8, 8, 8)]],
+    ids=["whole blocks", "uneven", "one long"],
+)
+def test_blocks_of_other_answers_are_skipped(rows):
+    positions, segments = map(
+        jnp.stack, zip(*[branches(*row) for row in rows], strict=True)
+    )
+    layout = chunked._Layout(4, 4, 1, 1, None, 1.0)
+    mask = (positions, positions, segments, segments, None)
+    numbers, counts = chunked._seen_blocks(chunked._mask_blocks(mask, layout))
+    allowed = np.any(chunked.allowed_pairs(*mask), axis=0)
+    needed = allowed.reshape(4, 8, 4, 8).any(axis=(1, 3))
+    listed = [set(row[:n].tolist()) for row, n in zip(numbers, counts, strict=True)]
+    for row, found in zip(needed, listed, strict=True):
+        assert set(np.flatnonzero(row).tolist()) <= found
+    if len(rows) == 1:
+        assert listed == [{0}, {0, 1}, {0, 2}, {0, 3}]
 
 
 def test_chunked_stores_no_scores():

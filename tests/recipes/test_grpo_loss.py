@@ -305,7 +305,7 @@ def test_mesh_kit(meshes):
 
 
 def test_the_cheapest_rows_are_chosen():
-    """By operations counted: long prompts are shared, long answers are not."""
+    """By operations counted: long prompts are shared, those of long answers are not."""
     long_prompt = _round_rows.plan_rows(
         samples=8, answers_per_row=None, prompt=512, answer=16, hidden=256
     )
