@@ -46,13 +46,17 @@ def init_cache(
     reads a part of an array without copying it.
     """
     layers, heads, width = config.num_layers, config.num_kv_heads, config.head_dim
-    cache = KVCache(
-        jnp.zeros((layers, batch, heads, width, length), dtype),
-        jnp.zeros((layers, batch, heads, length, width), dtype),
-    )
+    keys, values = (batch, heads, width, length), (batch, heads, length, width)
     if by_layer is None:
         by_layer = jax.default_backend() == "cpu"
-    return split_layers(cache) if by_layer else cache
+    if by_layer:
+        return KVCache(
+            tuple(jnp.zeros(keys, dtype) for _ in range(layers)),
+            tuple(jnp.zeros(values, dtype) for _ in range(layers)),
+        )
+    return KVCache(
+        jnp.zeros((layers, *keys), dtype), jnp.zeros((layers, *values), dtype)
+    )
 
 
 def stack_layers(cache: KVCache) -> KVCache:
@@ -85,12 +89,12 @@ def update_layer(
     Returns:
         The updated cache; keys `[B, K, H, S]` and values `[B, K, S, H]` of this layer.
     """
-    like = cache.k[0]
+    old = cache.k[0]
     slots = positions
     if segments is not None:
-        slots = jnp.where(segments != 0, positions, like.shape[-1])
+        slots = jnp.where(segments != 0, positions, old.shape[-1])
     rows = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]
-    key, value = key.astype(like.dtype), value.astype(like.dtype)
+    key, value = key.astype(old.dtype), value.astype(old.dtype)
     k, v = cache
     if isinstance(k, tuple):
         assert isinstance(layer, int)

@@ -15,7 +15,7 @@ from jaxpost.typing import ApplyFn, Head, ModelOutput, Params
 from ._cache import KVCache, init_cache
 from ._config import DecoderConfig
 from ._decoder import Decoder, unstack
-from ._quantize import is_quantized
+from ._quantize import any_quantized, is_quantized
 
 
 @jax.tree_util.register_dataclass
@@ -74,21 +74,27 @@ class Model:
             batch, length, dtype: sizes and element type.
             by_layer: each layer gets arrays of its own instead of a place in stacked
                 ones, and single tokens are decoded layer by layer instead of in a
-                scan. None does so on CPU, where that spares copies.
+                scan. None does so on CPU, where that spares copies, but for a quantised
+                base.
         """
+        if by_layer is None and any_quantized(self.params):
+            by_layer = False
         return init_cache(self.config, batch, length, dtype, by_layer=by_layer)
 
     def for_decoding(self, params: Params) -> Params:
         """`params` as single tokens are decoded with; `apply` takes them too.
 
         On CPU, where every look into a stacked array copies what it reads, `layers` is
-        a tuple of each layer's parameters, which `apply` does not scan. Elsewhere they
-        stay as they are. Called once, before a loop.
+        a tuple of each layer's parameters, which `apply` does not scan. They stay as
+        they are elsewhere; where this was called on them before; and with a quantised
+        base, all of which would be widened ahead of the loop.
         """
-        if jax.default_backend() != "cpu":
+        layers = params["layers"]
+        if jax.default_backend() != "cpu" or isinstance(layers, tuple):
             return params
-        layers = unstack(params["layers"], self.config.num_layers)
-        return {**params, "layers": layers}
+        if any_quantized(layers):
+            return params
+        return {**params, "layers": unstack(layers, self.config.num_layers)}
 
     def replace(self, *, params: Params) -> "Model":
         """The same model with other parameters."""

@@ -1,7 +1,7 @@
 """A frozen base's kernels in 8 or 4 bits, by `qwix` (the extra `quant`).
 
-Kernels are widened where they are used, one layer at a time inside the scan, so the
-whole base never exists in a wide dtype.
+Kernels are widened where they are used, one layer at a time, so the whole base never
+exists in a wide dtype.
 """
 
 import functools
@@ -24,6 +24,11 @@ BLOCK = 64
 def is_quantized(leaf: Any) -> bool:
     """Whether a leaf of a parameter tree is a `qwix.QArray`; imports nothing."""
     return hasattr(leaf, "qvalue")
+
+
+def any_quantized(params: Params) -> bool:
+    """Whether some kernel of a parameter tree is quantised."""
+    return any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized)))
 
 
 def widen(leaf: Any) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ._attention_chunked import allowed_pairs, chunked_attention, poison_keys
+from ._attention_scores import check_heads, score_weights
 
 Implementation = Literal["xla", "chunked", "cudnn"]
 
@@ -118,11 +119,7 @@ def _check(query, key, value, query_positions, key_positions):
     chex.assert_shape(key, (batch, None, None, width))
     chex.assert_shape(query_positions, (batch, length))
     chex.assert_shape(key_positions, (batch, key.shape[1]))
-    if heads % key.shape[2]:
-        raise ValueError(
-            f"query has {heads} heads, which is not a multiple of the {key.shape[2]} "
-            "heads of key and value."
-        )
+    check_heads(heads, key.shape[2])
 
 
 def _check_segments(segments, positions):
@@ -160,14 +157,8 @@ def _dense(query, key, value, allowed, softcap, scale):
     scores = scale * jnp.einsum(
         "btkgh,bskh->bkgts", grouped, key, preferred_element_type=wide
     )
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    mask = allowed[:, None, None, :, :]
-    scores = jnp.where(mask, scores, jnp.finfo(wide).min)
-    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.where(mask, jnp.exp(scores - peak), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total == 0, jnp.ones_like(total), total)
+    weights, total = score_weights(scores, allowed[:, None, None, :, :], softcap)
+    weights = weights / total
     # Heads and queries as the rows of one product: this order is ten times as fast on
     # CPU for a single query.
     weights = weights.reshape(batch, kv_heads, -1, key.shape[1])

@@ -6,6 +6,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ._attention_scores import check_heads, score_weights
+
 LONG_CACHE = 256
 """Slots from which on the CPU looks how much of a cache is in use."""
 
@@ -48,29 +50,28 @@ def cached_attention(
 
     Source: as `attention`.
     """
+    chex.assert_rank([query, key, value], [3, 4, 4])
     batch, heads, width = query.shape
     kv_heads, slots = key.shape[1], key.shape[3]
     chex.assert_shape(key, (batch, kv_heads, width, slots))
     chex.assert_shape(value, (batch, kv_heads, slots, width))
     chex.assert_shape(positions, (batch,))
-    if heads % kv_heads:
-        raise ValueError(
-            f"query has {heads} heads, which is not a multiple of the {kv_heads} heads "
-            "of key and value."
-        )
+    check_heads(heads, kv_heads)
     if segments is not None:
+        chex.assert_shape(segments, (batch,))
         query = jnp.where((segments != 0)[:, None, None], query, jnp.zeros_like(query))
     seen = _seen_slots(slots, positions, segments, window)
     factor = float(width**-0.5 if scale is None else scale)
     # Groups of heads that share keys and values are the rows of one product.
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
-    key, value = key.astype(query.dtype), value.astype(query.dtype)
 
     # Elsewhere than on CPU a branch costs more than the copies it spares.
     if jax.default_backend() != "cpu":
         mixed = _mix_seen(grouped, key, value, seen, softcap, factor)
     else:
-        needed = positions if segments is None else positions * (segments != 0)
+        needed = positions
+        if segments is not None:
+            needed = jnp.where(segments != 0, positions, 0)
         mixed = _mix_beginning(
             grouped, key, value, seen, jnp.max(needed), softcap, factor
         )
@@ -103,7 +104,7 @@ def _mix_seen(query, key, value, seen, softcap, scale):
 
 
 def _mix_beginning(query, key, value, seen, last, softcap, scale):
-    """`_mix_in_place` of a quarter, a half or all of the cache: what holds slot `last`.
+    """`_mix_uncopied` of a quarter, a half or all of the cache: what holds slot `last`.
 
     Cutting copies, but reads less from memory; a short cache is read whole.
     """
@@ -112,7 +113,7 @@ def _mix_beginning(query, key, value, seen, last, softcap, scale):
 
     def mix(size):
         parts = key[..., :size], value[:, :, :size], seen[:, :size]
-        return _mix_in_place(query, *parts, softcap, scale)
+        return _mix_uncopied(query, *parts, softcap, scale)
 
     shorter = jnp.asarray(sizes[:-1], jnp.int32)
     which = jnp.sum(last >= shorter, dtype=jnp.int32)
@@ -120,21 +121,21 @@ def _mix_beginning(query, key, value, seen, last, softcap, scale):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
-def _mix_in_place(query, key, value, seen, softcap, scale):
+def _mix_uncopied(query, key, value, seen, softcap, scale):
     """`_mix_seen` that copies keys and values only where it has to.
 
     What nobody sees has weight 0, and harms only if it is not finite.
     """
-    mixed, checksum = _mix(query, key, value, seen, softcap, scale)
+    mixed, probe = _mix(query, key, value, seen, softcap, scale)
     return jax.lax.cond(
-        jnp.isfinite(checksum),
+        jnp.isfinite(probe),
         lambda: mixed,
         lambda: _mix_seen(query, key, value, seen, softcap, scale),
     )
 
 
-@_mix_in_place.defjvp
-def _mix_in_place_jvp(softcap, scale, primals, tangents):
+@_mix_uncopied.defjvp
+def _mix_uncopied_jvp(softcap, scale, primals, tangents):
     # A gradient through both branches would multiply zeros with what is not finite.
     arrays, seen = primals[:3], primals[3]
 
@@ -146,16 +147,10 @@ def _mix_in_place_jvp(softcap, scale, primals, tangents):
 
 def _mix(query, key, value, seen, softcap, scale):
     """As `_mix_seen`, of all keys; and a number that is finite if all is."""
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = scale * jnp.matmul(query, key, preferred_element_type=wide)
-    checksum = jnp.sum(scores)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    mask = seen[:, None, None, :]
-    scores = jnp.where(mask, scores, jnp.finfo(wide).min)
-    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.where(mask, jnp.exp(scores - peak), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights, total = score_weights(scores, seen[:, None, None, :], softcap)
     mixed = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=wide)
-    mixed = mixed / jnp.where(total == 0, jnp.ones_like(total), total)
-    return mixed, checksum + jnp.sum(mixed)
+    mixed = mixed / total
+    return mixed, jnp.sum(scores) + jnp.sum(mixed)

@@ -147,8 +147,9 @@ def plan_rows(
     More of them save prompt tokens but attend over longer rows: the products of a
     layer take about 24 D^2 operations a token, attention 4 D for each token it looks
     at, and its operations, between which scores are stored, take `_attention_weight`
-    times as long. Of other answers it looks at about a block, the rest being skipped;
-    at all of them with cuDNN.
+    times as long. Blocks of other answers are skipped, so a token looks back as far as
+    the last one of an answer (rows of a batch differ in where answers begin), and at
+    about a block of other answers; on a GPU, where cuDNN skips nothing, at all.
 
     Args:
         samples: G; a divisor of it is chosen.
@@ -174,8 +175,9 @@ def plan_rows(
 
 
 def _attention_weight() -> float:
-    """Eight on a CPU, where an update took 4.4, 5.0 and 4.7 s with 1, 4 and 8 answers a
-    row (`benchmarks/rivals/grpo_jaxpost.py --answers_per_row`, 2 cores)."""
+    """Eight on a CPU, where an update took 4.4, 5.0 and 4.7 s with 1, 4 and 8 answers,
+    of 128 tokens, a row (`benchmarks/rivals/grpo_jaxpost.py --answers_per_row`, 2
+    cores)."""
     return 8.0 if jax.default_backend() == "cpu" else 1.0
 
 

@@ -98,10 +98,16 @@ def test_parameters_for_decoding_give_the_same(name):
     model, tokens, positions = setup(name)
     params = model.for_decoding(model.params)
     assert isinstance(params["layers"], tuple)
+    assert model.for_decoding(params) is params
+    full = model.apply(model.params, tokens, positions).hidden
     for cache in (None, model.init_cache(2, LENGTH, by_layer=True)):
         found = model.apply(params, tokens, positions, None, cache).hidden
-        full = model.apply(model.params, tokens, positions).hidden
         np.testing.assert_allclose(found, full, atol=1e-5, rtol=1e-5)
+    cache = model.init_cache(2, LENGTH, by_layer=True)
+    for at in range(tokens.shape[1]):
+        one = (tokens[:, at : at + 1], positions[:, at : at + 1])
+        hidden, cache, _ = model.apply(params, *one, None, cache)
+        np.testing.assert_allclose(hidden[:, 0], full[:, at], atol=1e-5, rtol=1e-5)
 
 
 def test_on_accelerators_layers_stay_stacked(monkeypatch):

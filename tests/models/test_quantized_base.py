@@ -136,6 +136,36 @@ def test_kernels_are_widened_one_layer_at_a_time(qwix):
     assert temporary < 5 * layer
 
 
+def test_decoding_widens_one_layer_at_a_time_too(qwix):
+    """Answers are those of the widened kernels, and a loop never holds all of them."""
+    config = families.config(
+        hidden_size=32, intermediate_size=2048, num_layers=8, lora=LORA
+    )
+    model = models.quantize_base(models.build(config, jax.random.key(0)), "int8")
+    batch = batch_of(config, rows=2, length=6)
+    full = model.apply(model.params, batch["tokens"], batch["positions"]).hidden
+
+    @jax.jit
+    def decode(params, tokens):
+        params = model.for_decoding(params)
+
+        def step(at, carry):
+            found, cache = carry
+            one = jax.lax.dynamic_slice_in_dim(tokens, at, 1, axis=1)
+            out = model.apply(params, one, jnp.full((2, 1), at), None, cache)
+            return found.at[:, at].set(out.hidden[:, 0]), out.cache
+
+        start = (jnp.zeros(full.shape), model.init_cache(2, 6))
+        return jax.lax.fori_loop(0, 6, step, start)[0]
+
+    found = decode(model.params, batch["tokens"])
+    np.testing.assert_allclose(found, full, atol=1e-5)
+    compiled = decode.lower(model.params, batch["tokens"]).compile()
+    layer = 4 * 3 * 32 * 2048  # float32 bytes of its feed-forward kernels
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary < 3 * layer
+
+
 def test_values_lie_as_the_kernels_did(qwix):
     config = families.config(hidden_size=32, intermediate_size=64, num_heads=8)
     mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})

@@ -262,24 +262,28 @@ def branches(*lengths):
 
 
 @pytest.mark.parametrize(
-    "rows",
-    [[(8, 8, 8, 8)], [(3, 9, 7, 13), (11, 5, 12, 4)], [(1, 1, 29, 1), (8, 8, 8, 8)]],
-    ids=["whole blocks", "uneven", "one long"],
+    ("rows", "looked_at"),
+    [
+        ([(8, 8, 8, 8)], [{0}, {0, 1}, {0, 2}, {0, 3}]),
+        # Compared by extremes: no block too few, but some too many.
+        ([(3, 9, 7, 13)], [{0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 2, 3}]),
+        ([(8, 8, 8, 8), (8, 16, 8)], [{0}, {0, 1}, {0, 1, 2}, {0, 3}]),
+    ],
+    ids=["whole blocks", "uneven", "two rows"],
 )
-def test_blocks_of_other_answers_are_skipped(rows):
+def test_blocks_of_other_answers_are_skipped(rows, looked_at):
     positions, segments = map(
         jnp.stack, zip(*[branches(*row) for row in rows], strict=True)
     )
     layout = chunked._Layout(4, 4, 1, 1, None, 1.0)
     mask = (positions, positions, segments, segments, None)
     numbers, counts = chunked._seen_blocks(chunked._mask_blocks(mask, layout))
+    found = [set(row[:n].tolist()) for row, n in zip(numbers, counts, strict=True)]
+    assert found == looked_at
     allowed = np.any(chunked.allowed_pairs(*mask), axis=0)
     needed = allowed.reshape(4, 8, 4, 8).any(axis=(1, 3))
-    listed = [set(row[:n].tolist()) for row, n in zip(numbers, counts, strict=True)]
-    for row, found in zip(needed, listed, strict=True):
-        assert set(np.flatnonzero(row).tolist()) <= found
-    if len(rows) == 1:
-        assert listed == [{0}, {0, 1}, {0, 2}, {0, 3}]
+    for row, blocks in zip(needed, found, strict=True):
+        assert set(np.flatnonzero(row).tolist()) <= blocks
 
 
 def test_chunked_stores_no_scores():
