@@ -99,16 +99,19 @@ def attention(
     allowed = allowed_pairs(
         query_positions, key_positions, query_segments, key_segments, window
     )
+    attend = _cudnn if implementation == "cudnn" else _dense
+    return _zeroed(attend, query, key, value, allowed, softcap, factor)
+
+
+def _zeroed(attend, query, key, value, allowed, softcap, scale):
+    """`attend`, where queries that see nothing and keys nobody sees are zero."""
     # Zeroed first: a product with an exact zero gradient would still turn NaN.
     seeing = jnp.any(allowed, axis=2)[:, :, None, None]
     seen = jnp.any(allowed, axis=1)[:, :, None, None]
     query = jnp.where(seeing, query, jnp.zeros_like(query))
     key = jnp.where(seen, key, jnp.zeros_like(key))
     value = jnp.where(seen, value, jnp.zeros_like(value))
-    if implementation == "cudnn":
-        mixed = _cudnn(query, key, value, allowed, softcap, factor)
-    else:
-        mixed = _dense(query, key, value, allowed, softcap, factor)
+    mixed = attend(query, key, value, allowed, softcap, scale)
     return jnp.where(seeing, mixed, jnp.zeros_like(mixed))
 
 

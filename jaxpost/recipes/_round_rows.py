@@ -176,8 +176,8 @@ def plan_rows(
 
 def _attention_weight() -> float:
     """Eight on a CPU, where an update took 4.4, 5.0 and 4.7 s with 1, 4 and 8 answers,
-    of 128 tokens, a row (`benchmarks/rivals/grpo_jaxpost.py --answers_per_row`, 2
-    cores)."""
+    of 128 tokens, a row (`benchmarks/rivals/grpo_jaxpost.py --warmup 1 --steps 2
+    --answers_per_row`, medians of three runs, 2 cores)."""
     return 8.0 if jax.default_backend() == "cpu" else 1.0
 
 

@@ -1,5 +1,7 @@
 """Cached decoding equals the full forward pass; rows are independent."""
 
+from typing import NamedTuple
+
 import families
 import jax
 import jax.numpy as jnp
@@ -115,6 +117,25 @@ def test_on_accelerators_layers_stay_stacked(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert model.for_decoding(model.params) is model.params
     assert not model.init_cache(2, 8).by_layer
+
+
+class Narrow(NamedTuple):
+    """Passes for a quantised kernel, whose attribute this is."""
+
+    qvalue: jax.Array
+    scale: jax.Array
+
+
+def test_a_quantised_base_stays_stacked():
+    """Layer by layer, all kernels would be widened ahead of a decoding loop."""
+    model, _, _ = setup("llama")
+    params = jax.tree.map(lambda x: x, model.params)
+    kernel = params["layers"]["mlp"]["up"]["kernel"]
+    params["layers"]["mlp"]["up"]["kernel"] = Narrow(kernel, kernel)
+    narrow = model.replace(params=params)
+    assert narrow.for_decoding(params) is params
+    assert not narrow.init_cache(2, 8).by_layer
+    assert narrow.init_cache(2, 8, by_layer=True).by_layer
 
 
 @pytest.mark.parametrize("by_layer", [True, False])
