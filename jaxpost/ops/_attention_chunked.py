@@ -23,6 +23,7 @@ from ._branches import branch_numbers, same_branch
 _BLOCK_CPU = 128
 _BLOCK_ACCELERATOR = 512
 _FAR = 2**30
+_MOST_BRANCHES = 2**31 // BRANCH
 _LOWEST = -1e30  # finite, so that a difference of two is 0 and not NaN
 
 
@@ -294,7 +295,8 @@ def _seen_blocks(blocks: _MaskBlocks) -> tuple[jax.Array, jax.Array]:
     """Key blocks that each query block may see, ascending `[Q, S]`, and how many `[Q]`;
     what comes after those is of no use.
 
-    Blocks are compared by extremes, so there may be too many of them, never too few.
+    Blocks are compared by extremes and, where rows allow it, by their places: there may
+    be too many of them, never too few.
     """
     valid_query = blocks.query_segments != 0
     first_query, last_query = _extremes(blocks.query_positions, valid_query)
@@ -317,10 +319,39 @@ def _seen_blocks(blocks: _MaskBlocks) -> tuple[jax.Array, jax.Array]:
             _extremes(branch_numbers(query_segments), valid_query), branches
         )
     touch &= jnp.any(valid_query, axis=2)[:, None] & jnp.any(valid_key, axis=2)[None]
+    if blocks.key_segments is not None and valid_query.shape == valid_key.shape:
+        # Where two answers, or two packed texts, meet within a block, extremes alone
+        # would have it look at the next block too.
+        later = ~jnp.tri(len(valid_query), dtype=bool)
+        touch &= ~(later[:, :, None] & _in_order(blocks)[None, None])
     some = jnp.any(touch, axis=2)
     numbers = jnp.arange(some.shape[1], dtype=jnp.int32)
     numbers = jnp.sort(jnp.where(some, numbers, some.shape[1]), axis=1)
     return numbers, jnp.sum(some, axis=1, dtype=jnp.int32)
+
+
+def _in_order(blocks: _MaskBlocks) -> jax.Array:
+    """Whether no query of a row sees a key that comes after it in the row, `[B]`.
+
+    So it is if queries and keys are the same tokens, trunks come before their branches
+    and these in the order of their numbers, each in one piece with rising positions.
+    Some rows may be in order and not be found to be.
+    """
+    positions, segments = (
+        jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
+        for x in (blocks.query_positions, blocks.query_segments)
+    )
+    real = segments != 0
+    ranks = segments % BRANCH * _MOST_BRANCHES + branch_numbers(segments)
+    ranks = jnp.where(real, ranks, -1)
+    highest = jax.lax.cummax(ranks, axis=1)[:, :-1]
+    goes_on = ranks[:, 1:] == ranks[:, :-1]
+    goes_on &= positions[:, 1:] > positions[:, :-1]
+    sorted_rows = jnp.all((ranks[:, 1:] > highest) | goes_on | ~real[:, 1:], axis=1)
+    same = (blocks.query_segments == blocks.key_segments) & (
+        (blocks.query_positions == blocks.key_positions) | (blocks.query_segments == 0)
+    )
+    return sorted_rows & jnp.all(same, axis=(0, 2))
 
 
 def _overlap(queries, keys) -> jax.Array:

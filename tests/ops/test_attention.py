@@ -261,12 +261,21 @@ def branches(*lengths):
     return np.concatenate(positions).astype(np.int32), segments.astype(np.int32)
 
 
+def seen_blocks(mask, count):
+    """The key blocks that each query block looks at, and those that it needs to."""
+    layout = chunked._Layout(count, count, 1, 1, None, 1.0)
+    numbers, counts = chunked._seen_blocks(chunked._mask_blocks(mask, layout))
+    found = [set(row[:n].tolist()) for row, n in zip(numbers, counts, strict=True)]
+    allowed = np.any(chunked.allowed_pairs(*mask), axis=0)
+    blocks = allowed.reshape(count, len(allowed) // count, count, -1).any(axis=(1, 3))
+    return found, [set(np.flatnonzero(row).tolist()) for row in blocks]
+
+
 @pytest.mark.parametrize(
     ("rows", "looked_at"),
     [
         ([(8, 8, 8, 8)], [{0}, {0, 1}, {0, 2}, {0, 3}]),
-        # Compared by extremes: no block too few, but some too many.
-        ([(3, 9, 7, 13)], [{0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 2, 3}]),
+        ([(3, 9, 7, 13)], [{0}, {0, 1}, {0, 1, 2}, {0, 2, 3}]),
         ([(8, 8, 8, 8), (8, 16, 8)], [{0}, {0, 1}, {0, 1, 2}, {0, 3}]),
     ],
     ids=["whole blocks", "uneven", "two rows"],
@@ -275,15 +284,47 @@ def test_blocks_of_other_answers_are_skipped(rows, looked_at):
     positions, segments = map(
         jnp.stack, zip(*[branches(*row) for row in rows], strict=True)
     )
-    layout = chunked._Layout(4, 4, 1, 1, None, 1.0)
     mask = (positions, positions, segments, segments, None)
-    numbers, counts = chunked._seen_blocks(chunked._mask_blocks(mask, layout))
-    found = [set(row[:n].tolist()) for row, n in zip(numbers, counts, strict=True)]
+    found, needed = seen_blocks(mask, 4)
     assert found == looked_at
-    allowed = np.any(chunked.allowed_pairs(*mask), axis=0)
-    needed = allowed.reshape(4, 8, 4, 8).any(axis=(1, 3))
-    for row, blocks in zip(needed, found, strict=True):
-        assert set(np.flatnonzero(row).tolist()) <= blocks
+    assert all(row <= blocks for row, blocks in zip(needed, found, strict=True))
+
+
+def test_packed_texts_look_at_no_block_that_comes_later():
+    lengths = (11, 6, 9, 6)
+    positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
+    segments = jnp.repeat(jnp.arange(1, 5), jnp.asarray(lengths))[None]
+    found, needed = seen_blocks((positions, positions, segments, segments, None), 4)
+    assert found == needed == [{0}, {0, 1}, {1, 2}, {2, 3}]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tokens_in_any_order_look_at_every_block_they_need(seed):
+    rng = np.random.default_rng(seed)
+    positions, segments = branches(6, 9, 7, 10)
+    segments = np.where(rng.random(32) < 0.2, 0, segments)
+    order = np.arange(32)
+    kind = seed % 4
+    if kind == 0:
+        order = rng.permutation(32)
+    elif kind == 1:  # the trunk after its branches
+        order = np.roll(order, -6)
+    elif kind == 2:  # one answer from its end
+        order[15:22] = order[15:22][::-1]
+    else:  # one answer in two pieces
+        order[8:20] = np.concatenate([order[12:20], order[8:12]])
+    positions, segments = jnp.asarray(positions[order]), jnp.asarray(segments[order])
+    plain = branches(6, 9, 7, 10)
+    rows = (jnp.stack([positions, plain[0]]), jnp.stack([segments, plain[1]]))
+    found, needed = seen_blocks((rows[0], rows[0], rows[1], rows[1], None), 4)
+    assert all(row <= blocks for row, blocks in zip(needed, found, strict=True))
+    # Nor may queries that are not the keys, or keys that are not the queries.
+    for mask in (
+        (plain[0][None], positions[None], plain[1][None], segments[None], None),
+        (positions[None], plain[0][None], segments[None], plain[1][None], None),
+    ):
+        found, needed = seen_blocks(mask, 4)
+        assert all(row <= blocks for row, blocks in zip(needed, found, strict=True))
 
 
 def test_chunked_stores_no_scores():
