@@ -18,7 +18,12 @@ from jaxpost.data._arithmetic_pairs import (
     arithmetic_pair_rows,
 )
 from jaxpost.data._batches import Batches
-from jaxpost.data._branches import join_answers, join_samples, joined_widths
+from jaxpost.data._branches import (
+    join_answers,
+    join_samples,
+    joined_length,
+    joined_widths,
+)
 from jaxpost.data._check import DataCheck, DataProblem, check_data
 from jaxpost.data._columns import (
     Format,
@@ -134,6 +139,7 @@ __all__ = [
     "join_answers",
     "join_ids",
     "join_samples",
+    "joined_length",
     "joined_widths",
     "load_answers",
     "load_examples",

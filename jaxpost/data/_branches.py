@@ -73,6 +73,7 @@ def join_samples(
     columns: Mapping[str, Sequence[Sequence[np.ndarray]]] | None = None,
     *,
     pad_id: int = 0,
+    align: int = 1,
 ) -> dict[str, np.ndarray]:
     """Prompts with answers just sampled: one row each, the answers as its branches.
 
@@ -82,6 +83,7 @@ def join_samples(
         width: columns W.
         columns: numbers of each token of each answer, by name.
         pad_id: token put where nothing is.
+        align: each answer begins at a multiple of it, with padding before.
 
     Returns:
         `tokens`, `positions`, `segment_ids` int32 `[R, W]` and `loss_mask` bool `[R,
@@ -101,7 +103,7 @@ def join_samples(
     columns = columns or {}
     batch |= {name: np.zeros(shape, np.float32) for name in columns}
     for row, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
-        start, needed = len(prompt), len(prompt) + sum(map(len, group))
+        start, needed = len(prompt), joined_length(prompt, group, align=align)
         if needed > width:
             raise ValueError(
                 f"row {row} has {needed} tokens, its prompt counted once, where "
@@ -111,6 +113,7 @@ def join_samples(
         batch["positions"][row, :start] = np.arange(start)
         batch["segment_ids"][row, :start] = 1
         for branch, answer in enumerate(group, 1):
+            start = -(-start // align) * align
             here = slice(start, start + len(answer))
             batch["tokens"][row, here] = answer
             batch["positions"][row, here] = len(prompt) + np.arange(len(answer))
@@ -120,6 +123,16 @@ def join_samples(
                 batch[name][row, here] = values[row][branch - 1]
             start = here.stop
     return batch
+
+
+def joined_length(
+    prompt: Sequence[int], answers: Sequence[Sequence[int]], *, align: int = 1
+) -> int:
+    """Columns that `join_samples` needs for a prompt and its answers."""
+    end = len(prompt)
+    for answer in answers:
+        end = -(-end // align) * align + len(answer)
+    return end
 
 
 def joined_widths(

@@ -7,16 +7,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpost import data, generation, losses, ops, parallel, rewards
+from jaxpost import data, generation, losses, parallel, rewards
+from jaxpost.recipes._row_plan import Plan
 from jaxpost.typing import BRANCH
-
-STEP = 64
-"""Widths of rows are multiples of it."""
-
 
 Judge = Callable[..., rewards.Scores]
 """(prompts, completions, completion_ids, **columns) -> Scores; see `rewards.Scorer`."""
@@ -46,18 +42,6 @@ class Played(NamedTuple):
     given: np.ndarray
     numbers: dict[str, float]
     parts: dict[str, np.ndarray]
-
-
-class Plan(NamedTuple):
-    """How answers are laid out in rows.
-
-    Fields:
-        answers: of a group that share a row.
-        widths: columns that rows may have, rising.
-    """
-
-    answers: int
-    widths: tuple[int, ...]
 
 
 def judged(
@@ -139,48 +123,6 @@ def _columns(prompts: Sequence[data.Prompt]) -> dict[str, list[Any]]:
     return {name: [p.columns.get(name) for p in prompts] for name in sorted(names)}
 
 
-def plan_rows(
-    *, samples: int, answers_per_row: int | None, prompt: int, answer: int, hidden: int
-) -> Plan:
-    """Chooses how many answers share a row with their prompt.
-
-    More of them save prompt tokens but attend over longer rows: the products of a
-    layer take about 24 D^2 operations a token, attention 4 D for each token it looks
-    at, and its operations, between which scores are stored, take `_attention_weight`
-    times as long. Blocks of other answers are skipped, so a token looks back as far as
-    the last one of an answer (rows of a batch differ in where answers begin), and at
-    about a block of other answers; on a GPU, where cuDNN skips nothing, at all.
-
-    Args:
-        samples: G; a divisor of it is chosen.
-        answers_per_row: the choice, if made already.
-        prompt, answer: tokens of the longest.
-        hidden: D.
-    """
-
-    def cost(count: int) -> float:
-        width = prompt + count * answer
-        reach = width
-        if jax.default_backend() != "gpu":
-            reach = min(width, prompt + answer + ops.attention_block())
-        pairs = reach * (width - reach / 2)
-        attention = _attention_weight() * 4.0 * hidden * pairs
-        return (24.0 * hidden**2 * width + attention) / count
-
-    divisors = [count for count in range(1, samples + 1) if samples % count == 0]
-    chosen = answers_per_row or min(divisors, key=cost)
-    full = prompt + chosen * answer
-    widths = {math.ceil(full / part / STEP) * STEP for part in (1, 2, 4)}
-    return Plan(chosen, tuple(sorted(widths)))
-
-
-def _attention_weight() -> float:
-    """Eight on a CPU, where an update took 4.4, 5.0 and 4.7 s with 1, 4 and 8 answers,
-    of 128 tokens, a row (`benchmarks/rivals/grpo_jaxpost.py --warmup 1 --steps 2
-    --answers_per_row`, medians of three runs, 2 cores)."""
-    return 8.0 if jax.default_backend() == "cpu" else 1.0
-
-
 def rows_of(
     played: Played, plan: Plan, pad_id: int, mask_truncated: bool
 ) -> dict[str, np.ndarray]:
@@ -197,16 +139,15 @@ def rows_of(
     rows = [[played.answers[i] for i in group] for group in groups]
     per_prompt = played.lengths.shape[1] // plan.answers
     prompts = [p.tokens for p in played.prompts for _ in range(per_prompt)]
-    needed = max(
-        len(prompt) + sum(len(answer.tokens) for answer in row)
-        for prompt, row in zip(prompts, rows, strict=True)
-    )
+    tokens = [[answer.tokens for answer in row] for row in rows]
+    width, align = plan.choose(prompts, tokens)
     batch = data.join_samples(
         prompts,
-        [[answer.tokens for answer in row] for row in rows],
-        next(width for width in plan.widths if width >= needed),
+        tokens,
+        width,
         {"sampling_logps": [[answer.sampling_logps for answer in row] for row in rows]},
         pad_id=pad_id,
+        align=align,
     )
     kept = played.given & ~(played.truncated & mask_truncated)
     answer = answer_ids(batch)

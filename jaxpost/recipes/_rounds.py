@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxpost import data, generation, models, parallel, training
-from jaxpost.recipes import _round_rows
+from jaxpost.recipes import _round_rows, _row_plan
 from jaxpost.recipes._config import ConfigError
 from jaxpost.recipes._round_rows import Judge, Played
 from jaxpost.recipes._run import Run
@@ -151,7 +151,7 @@ class Rounds(Iterator[Batch]):
         # Every process answers all prompts: it needs them all.
         self._prompts = data.Batches(run.rows, size, seed=run.config.seed)
         self._answerer = Answerer(run, section, longest)
-        self._plan = _round_rows.plan_rows(
+        self._plan = _row_plan.plan_rows(
             samples=section.samples,
             answers_per_row=section.answers_per_row,
             prompt=longest,

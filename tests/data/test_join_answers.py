@@ -133,6 +133,27 @@ def test_samples_lie_as_joined_answers_do():
     assert not tenth[~scored].any()
 
 
+def test_answers_begin_at_multiples():
+    prompts, answers = [[5, 6, 7], [5]], [[[1, 2], [3]], [[4], [8, 9]]]
+    found = data.join_samples(prompts, answers, 12, pad_id=0, align=4)
+    wanted = [[5, 6, 7, 0, 1, 2, 0, 0, 3], [5, 0, 0, 0, 4, 0, 0, 0, 8, 9]]
+    for row, tokens in enumerate(wanted):
+        np.testing.assert_array_equal(found["tokens"][row, : len(tokens)], tokens)
+        assert not found["tokens"][row, len(tokens) :].any()
+        assert data.joined_length(prompts[row], answers[row], align=4) == len(tokens)
+    np.testing.assert_array_equal(found["segment_ids"] != 0, found["tokens"] != 0)
+    plain = data.join_samples(prompts, answers, 12)
+    for name, array in plain.items():
+        for row in range(2):
+            np.testing.assert_array_equal(
+                found[name][row][found["segment_ids"][row] != 0],
+                array[row][plain["segment_ids"][row] != 0],
+                err_msg=name,
+            )
+    with pytest.raises(ValueError, match="row 0 has 9 tokens"):
+        data.join_samples(prompts, answers, 8, align=4)
+
+
 def test_samples_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="row 0 has 5 tokens.*where 4 fit"):
         data.join_samples([np.arange(2)], [[np.arange(2), np.arange(1)]], 4)

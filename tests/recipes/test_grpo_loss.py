@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +12,9 @@ from oracles import decoder as decoder_oracle
 from oracles import policy as oracle
 
 from jaxpost import data, generation, models, testing, training
-from jaxpost.recipes import _policy, _round_rows, grpo
+from jaxpost.recipes import _policy, _round_rows, _row_plan, grpo
 from jaxpost.recipes._policy import KLSection, PolicySection
+from jaxpost.typing import BRANCH
 
 CONFIG = models.DecoderConfig(
     family="llama",
@@ -78,12 +80,11 @@ def round_of(seed=0):
     )
 
 
-def batch_of(played, *, per_row=2, mask_truncated=False, **policy):
+def batch_of(played, *, per_row=2, align=1, mask_truncated=False, **policy):
     """What the loss reads; the policy at the time was another model."""
     section = PolicySection(**policy)
-    batch = _round_rows.rows_of(
-        played, _round_rows.Plan(per_row, (32,)), 0, mask_truncated
-    )
+    plan = _row_plan.Plan(per_row, (32,), align)
+    batch = _round_rows.rows_of(played, plan, 0, mask_truncated)
     stats = _stats(1, batch)
     batch["old_logps"] = np.where(batch["loss_mask"], stats, 0.0).astype(np.float32)
     config = grpo.GRPOConfig(policy=section)
@@ -140,10 +141,12 @@ def compiled(policy, kl):
     return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
-@pytest.mark.parametrize("per_row", [1, 2, 4])
-def test_each_answer_is_read_as_if_alone(per_row):
+@pytest.mark.parametrize(("per_row", "align"), [(1, 1), (2, 1), (4, 1), (2, 8)])
+def test_each_answer_is_read_as_if_alone(per_row, align):
     played = round_of()._replace(given=np.ones((PROMPTS, SAMPLES), bool))
-    batch = _round_rows.rows_of(played, _round_rows.Plan(per_row, (32,)), 0, False)
+    batch = _round_rows.rows_of(played, _row_plan.Plan(per_row, (32,), align), 0, False)
+    starts = np.flatnonzero(np.diff(batch["segment_ids"] // BRANCH, prepend=0) > 0)
+    assert align == 1 or np.all(starts % 32 % align == 0)
     found = _stats(0, batch)
     ids = _round_rows.answer_ids(batch)
     for place, wanted in enumerate(oracle_logps(0)):
@@ -304,18 +307,12 @@ def test_mesh_kit(meshes):
     testing.assert_mesh_invariant(step, state, batch, meshes, axes=axes)
 
 
-def test_the_cheapest_rows_are_chosen():
-    """By operations counted: long prompts are shared, those of long answers are not."""
-    long_prompt = _round_rows.plan_rows(
-        samples=8, answers_per_row=None, prompt=512, answer=16, hidden=256
-    )
-    assert long_prompt.answers == 8
-    long_answer = _round_rows.plan_rows(
-        samples=8, answers_per_row=None, prompt=16, answer=4096, hidden=256
-    )
-    assert long_answer.answers == 1
-    assert all(width % 64 == 0 for width in long_answer.widths)
-    assert long_answer.widths[-1] >= 16 + 4096
+def test_answers_that_begin_where_blocks_do_give_the_same_gradient():
+    found = [loss_of(batch_of(round_of(), align=align)) for align in (1, 8)]
+    (first, _), first_slopes = found[0]
+    (second, _), second_slopes = found[1]
+    np.testing.assert_allclose(first, second, rtol=1e-5)
+    chex.assert_trees_all_close(first_slopes, second_slopes, atol=1e-5)
 
 
 @pytest.mark.parametrize(
