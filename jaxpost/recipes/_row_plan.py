@@ -82,7 +82,7 @@ def plan_rows(
         ((count, align) for count in counts for align in (1, block)), key=cost
     )
     full = width_of(chosen, align)
-    widths = {math.ceil(full / part / STEP) * STEP for part in (1, 2, 4)}
+    widths = {math.ceil(full * part / 4 / STEP) * STEP for part in (1, 2, 3, 4)}
     return Plan(chosen, tuple(sorted(widths)), align)
 
 
