@@ -8,8 +8,9 @@ Runs the configs of `configs/grpo` and `configs/self_rewarding_ppo` as `jaxpost 
 does, with other seeds.
 
 *GRPO*: per seed, a fresh model is fine-tuned on worked answers of which half leave out
-the last calculation, and answers some 40% of held-out problems rightly; then GRPO on
-problems without answers, rewarded for the right final number.
+the last calculation; of its answers to held-out problems, drawn at temperature 1, some
+40% are right. Then GRPO on problems without answers, rewarded for the right final
+number.
 
 *Self-Rewarding PPO*: the first of those models is the base. Per seed, it is fine-tuned
 on a few answers, all of them right; then either more of that, on the same few, or

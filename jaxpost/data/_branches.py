@@ -83,7 +83,7 @@ def join_samples(
         width: columns W.
         columns: numbers of each token of each answer, by name.
         pad_id: token put where nothing is.
-        align: each answer begins at a multiple of it, with padding before.
+        align: each answer begins at a multiple of it, with padding before; at least 1.
 
     Returns:
         `tokens`, `positions`, `segment_ids` int32 `[R, W]` and `loss_mask` bool `[R,
@@ -91,7 +91,7 @@ def join_samples(
         float32 `[R, W]`, each number at its token, 0 elsewhere.
 
     Raises:
-        ValueError: a row needs more than W tokens.
+        ValueError: a row needs more than W tokens; `align` is below 1.
     """
     shape = (len(prompts), width)
     batch = {
@@ -126,9 +126,23 @@ def join_samples(
 
 
 def joined_length(
-    prompt: Sequence[int], answers: Sequence[Sequence[int]], *, align: int = 1
+    prompt: Sequence[int] | np.ndarray,
+    answers: Sequence[Sequence[int] | np.ndarray],
+    *,
+    align: int = 1,
 ) -> int:
-    """Columns that `join_samples` needs for a prompt and its answers."""
+    """Columns that `join_samples` needs for one row.
+
+    Args:
+        prompt: its token ids.
+        answers: token ids of each of its answers.
+        align: each answer begins at a multiple of it.
+
+    Raises:
+        ValueError: `align` is below 1.
+    """
+    if align < 1:
+        raise ValueError(f"align must be at least 1 column, got {align}.")
     end = len(prompt)
     for answer in answers:
         end = -(-end // align) * align + len(answer)

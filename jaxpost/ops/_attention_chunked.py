@@ -23,7 +23,7 @@ from ._branches import branch_numbers, same_branch
 _BLOCK_CPU = 128
 _BLOCK_ACCELERATOR = 512
 _FAR = 2**30
-_MOST_BRANCHES = 2**31 // BRANCH
+_MOST_BRANCHES = 2**31 // BRANCH  # in int32 ids: a segment and its branch fit too
 _LOWEST = -1e30  # finite, so that a difference of two is 0 and not NaN
 
 
@@ -333,9 +333,9 @@ def _seen_blocks(blocks: _MaskBlocks) -> tuple[jax.Array, jax.Array]:
 def _in_order(blocks: _MaskBlocks) -> jax.Array:
     """Whether no query of a row sees a key that comes after it in the row, `[B]`.
 
-    So it is if queries and keys are the same tokens, trunks come before their branches
-    and these in the order of their numbers, each in one piece with rising positions.
-    Some rows may be in order and not be found to be.
+    So it is if queries and keys have the same positions and segments, trunks come
+    before their branches and these in the order of their numbers, each in one piece
+    with rising positions. Some rows may be in order and not be found to be.
     """
     positions, segments = (
         jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)

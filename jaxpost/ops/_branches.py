@@ -36,7 +36,8 @@ def predictors(segment_ids: jax.Array) -> jax.Array:
     `hidden` and `shift_targets(tokens)` are.
 
     Args:
-        segment_ids: int `[B, T]`; branches directly follow their trunk.
+        segment_ids: int `[B, T]`; branches follow their trunk before another trunk
+            begins, perhaps with padding in between.
 
     Returns:
         int32 `[B, T]`, -1 for the first token of a segment, of a branch without trunk,

@@ -18,7 +18,8 @@ class Plan(NamedTuple):
     Fields:
         answers: of a group that share a row.
         widths: columns that rows may have, rising.
-        align: answers begin at multiples of it where that makes no wider row.
+        align: answers begin at multiples of it where that makes no wider row, and the
+            row is a multiple too, so that blocks of attention end where they do.
     """
 
     answers: int
@@ -26,7 +27,9 @@ class Plan(NamedTuple):
     align: int = 1
 
     def choose(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[Sequence[int]]],
     ) -> tuple[int, int]:
         """The width for these prompts with their answers, and the `align` to use."""
 
@@ -37,7 +40,8 @@ class Plan(NamedTuple):
             )
 
         width = next(width for width in self.widths if width >= needed(1))
-        return width, self.align if needed(self.align) <= width else 1
+        fits = width % self.align == 0 and needed(self.align) <= width
+        return width, self.align if fits else 1
 
 
 def plan_rows(
@@ -61,7 +65,9 @@ def plan_rows(
     block = ops.attention_block()
 
     def width_of(count: int, align: int) -> int:
-        return data.joined_length(range(prompt), [range(answer)] * count, align=align)
+        needed = data.joined_length(range(prompt), [range(answer)] * count, align=align)
+        step = math.lcm(STEP, align)
+        return math.ceil(needed / step) * step
 
     def cost(plan: tuple[int, int]) -> float:
         count, align = plan
@@ -76,7 +82,7 @@ def plan_rows(
         return (24.0 * hidden**2 * width + attention) / count
 
     counts = [count for count in range(1, samples + 1) if samples % count == 0]
-    if answers_per_row:
+    if answers_per_row is not None:
         counts = [answers_per_row]
     chosen, align = min(
         ((count, align) for count in counts for align in (1, block)), key=cost
@@ -88,21 +94,22 @@ def plan_rows(
 
 def _aligned_pairs(count: int, prompt: int, answer: int, block: int) -> float:
     """Pairs of tokens in the blocks looked at: the prompt's, and the own ones."""
-    shared, own = -(-prompt // block), -(-answer // block)
+    shared, own = math.ceil(prompt / block), math.ceil(answer / block)
     blocks = shared * (shared + 1) / 2 + count * (own * shared + own * (own + 1) / 2)
     return blocks * block**2
 
 
 def _dense_pairs(width: int, prompt: int, answer: int, block: int) -> float:
-    """The same without gaps: a block sees half an answer on average, and one more."""
-    blocks = -(-width // block)
+    """The same without gaps, about: a block sees those of the prompt, of half an answer
+    on average, and one that it shares with a neighbour."""
+    blocks = math.ceil(width / block)
     size = width / blocks
     seen = math.ceil(prompt / size) + math.ceil(answer / (2 * size)) + 1
     return sum(min(i + 1, seen) for i in range(blocks)) * size**2
 
 
 def _attention_weight() -> float:
-    """Four on a CPU, where the layers of one update (hidden size 256, answers of 128
-    tokens) took 24 us a token and attention 0.05 to 0.09 us a pair, forward and
-    backward, on 2 cores."""
+    """Four on a CPU, where a layer (hidden size 256, answers of 128 tokens) took 24 us
+    a token and attention 0.05 to 0.09 us a pair, forward and backward, on 2 cores: from
+    a profile of `benchmarks/rivals/grpo_jaxpost.py --answers_per_row 1` (or 8)."""
     return 4.0 if jax.default_backend() == "cpu" else 1.0

@@ -152,6 +152,8 @@ def test_answers_begin_at_multiples():
             )
     with pytest.raises(ValueError, match="row 0 has 9 tokens"):
         data.join_samples(prompts, answers, 8, align=4)
+    with pytest.raises(ValueError, match="align must be at least 1 column, got 0"):
+        data.join_samples(prompts, answers, 8, align=0)
 
 
 def test_samples_that_do_not_fit_are_refused():

@@ -23,6 +23,13 @@ def test_predictors_by_hand():
     assert found == [*trunk, *first, *second, -1, 12, 13, 14, -1, -1]
 
 
+def test_padding_may_lie_before_a_branch():
+    first, second = 1 + BRANCH, 1 + 2 * BRANCH
+    segments = jnp.asarray([[1, 1, 0, 0, first, first, 0, 0, second]])
+    wanted = [[-1, 0, -1, -1, 1, 4, -1, -1, 1]]
+    np.testing.assert_array_equal(ops.predictors(segments), wanted)
+
+
 def test_without_branches_predictors_are_the_place_before():
     segments = jnp.asarray([[1, 1, 1, 2, 2, 0]])
     assert ops.predictors(segments)[0].tolist() == [-1, 0, 1, -1, 3, -1]
