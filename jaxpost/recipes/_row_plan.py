@@ -9,7 +9,7 @@ import jax
 from jaxpost import data, ops
 
 STEP = 64
-"""Widths of rows are multiples of it."""
+"""Widths of rows are multiples of it, as blocks of attention are."""
 
 
 class Plan(NamedTuple):
@@ -66,8 +66,7 @@ def plan_rows(
 
     def width_of(count: int, align: int) -> int:
         needed = data.joined_length(range(prompt), [range(answer)] * count, align=align)
-        step = math.lcm(STEP, align)
-        return math.ceil(needed / step) * step
+        return math.ceil(needed / align) * align
 
     def cost(plan: tuple[int, int]) -> float:
         count, align = plan
