@@ -41,7 +41,7 @@ def pairs_looked_at(prompt, answer, count, width, align):
     ("count", "prompt", "answer", "align"),
     [
         (8, 64, 128, 128),
-        (4, 128, 300, 128),
+        (4, 128, 380, 128),
         (4, 300, 256, 128),
         (4, 20, 90, 1),
         (8, 40, 60, 1),
