@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from jaxpost import data, ops
 
 STEP = 64
 """Widths of rows are multiples of it, as blocks of attention are."""
+
+Tokens = Sequence[int] | np.ndarray
 
 
 class Plan(NamedTuple):
@@ -28,8 +31,8 @@ class Plan(NamedTuple):
 
     def choose(
         self,
-        prompts: Sequence[Sequence[int]],
-        answers: Sequence[Sequence[Sequence[int]]],
+        prompts: Sequence[Tokens],
+        answers: Sequence[Sequence[Tokens]],
     ) -> tuple[int, int]:
         """The width for these prompts with their answers, and the `align` to use."""
 
